@@ -1,0 +1,165 @@
+//! What can go wrong between a query and a verified answer, and whether to ask again.
+
+use std::fmt;
+
+use reqwest::StatusCode;
+use thiserror::Error;
+
+/// Why a query had no usable answer. The texts never hold a token, nor a byte of an answer that
+/// could not stand in a log line.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The agent was not reached, or the connection broke.
+    #[error("{0}")]
+    Transport(String),
+    /// The answer, or a part of it, did not come in time.
+    #[error("no answer in time")]
+    Timeout,
+    /// 403: the token is unknown, or lacks a right.
+    #[error("permission denied (403), check the token and its rights")]
+    Denied,
+    /// Any other status than 200, with the begin of Consul's text.
+    #[error("status {}{}", .status.as_u16(), Explained(.text))]
+    Status {
+        /// The status.
+        status: StatusCode,
+        /// What Consul said, printable and cut.
+        text: String,
+    },
+    /// The body is larger than the settings allow.
+    #[error("the answer is larger than {limit} bytes, see \"consul_max_response\"")]
+    TooLarge {
+        /// The limit, in bytes.
+        limit: usize,
+    },
+    /// `X-Consul-Index` is missing or no number: this is not Consul's health API.
+    #[error("the answer has no valid X-Consul-Index, is this a Consul agent?")]
+    Index,
+    /// The body is not what the health API answers.
+    #[error("invalid answer: {0}")]
+    Invalid(String),
+    /// More instances than an upstream may have.
+    #[error("the answer has more than {limit} instances")]
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+}
+
+struct Explained<'a>(&'a str);
+
+impl fmt::Display for Explained<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, ": {}", self.0) }
+    }
+}
+
+/// The kinds of errors that are told apart in logs and counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// Refused, reset, timed out.
+    Transport,
+    /// A status other than 200 and 403.
+    Status,
+    /// 403.
+    Denied,
+    /// JSON, index, bounds.
+    Invalid,
+}
+
+/// When to ask again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// Soon, backing off: the trouble passes by itself.
+    BackOff,
+    /// In 30 to 60 seconds: somebody has to change a setting first.
+    Slowly,
+}
+
+impl Error {
+    /// The error's kind.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Transport(_) | Self::Timeout => Cause::Transport,
+            Self::Denied => Cause::Denied,
+            Self::Status { .. } => Cause::Status,
+            Self::TooLarge { .. } | Self::Index | Self::Invalid(_) | Self::TooMany { .. } => {
+                Cause::Invalid
+            }
+        }
+    }
+
+    /// When to ask again.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Denied => Retry::Slowly,
+            Self::Status { status, .. } if *status == StatusCode::TOO_MANY_REQUESTS => {
+                Retry::BackOff
+            }
+            Self::Status { status, .. } if status.is_client_error() => Retry::Slowly,
+            Self::Status { text, .. } if text.contains("No path to datacenter") => Retry::Slowly,
+            _ => Retry::BackOff,
+        }
+    }
+}
+
+impl From<reqwest::Error> for Error {
+    fn from(err: reqwest::Error) -> Self {
+        if err.is_timeout() {
+            return Self::Timeout;
+        }
+        // reqwest's own sentence is about the request; what a person needs is the last cause.
+        let mut cause: &dyn std::error::Error = &err;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        Self::Transport(printable(cause.to_string().as_bytes(), 200))
+    }
+}
+
+/// At most `limit` characters of a text, with everything that does not belong into a log line
+/// escaped.
+pub fn printable(bytes: &[u8], limit: usize) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut out = String::new();
+    for (n, c) in text.trim().chars().enumerate() {
+        if n == limit {
+            out.push_str("...");
+            break;
+        }
+        match c {
+            ' '..='~' => out.push(c),
+            _ => out.extend(c.escape_default()),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(code: u16, text: &str) -> Error {
+        Error::Status { status: StatusCode::from_u16(code).unwrap(), text: text.into() }
+    }
+
+    #[test]
+    fn who_has_to_act_decides_when_to_ask_again() {
+        assert_eq!(Error::Denied.retry(), Retry::Slowly);
+        assert_eq!(status(400, "").retry(), Retry::Slowly);
+        assert_eq!(status(404, "").retry(), Retry::Slowly);
+        assert_eq!(status(500, "No path to datacenter").retry(), Retry::Slowly);
+        assert_eq!(status(500, "No cluster leader").retry(), Retry::BackOff);
+        assert_eq!(status(429, "").retry(), Retry::BackOff);
+        assert_eq!(status(503, "").retry(), Retry::BackOff);
+        assert_eq!(Error::Timeout.retry(), Retry::BackOff);
+    }
+
+    #[test]
+    fn texts() {
+        assert_eq!(status(500, "oh no").to_string(), "status 500: oh no");
+        assert_eq!(status(404, "").to_string(), "status 404");
+        assert_eq!(printable(b" a\r\nb\x00\xff ", 99), "a\\r\\nb\\u{0}\\u{fffd}");
+        assert_eq!(printable(b"abcdef", 3), "abc...");
+    }
+}

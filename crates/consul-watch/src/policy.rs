@@ -1,0 +1,223 @@
+//! Which instances serve, and at what weight.
+//!
+//! Pure functions of a snapshot: what they are given decides what they say.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use crate::instance::{Instance, Status, Unusable};
+
+/// What an upstream asks of an instance before it serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Tags that an instance must have, all of them.
+    pub tags: Vec<String>,
+    /// The worst status that still serves.
+    pub health: Health,
+    /// This weight instead of Consul's.
+    pub weight: Option<u32>,
+}
+
+/// The worst status that still serves. Maintenance never does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Health {
+    /// Only passing instances.
+    #[default]
+    Passing,
+    /// Those that warn, too.
+    Warning,
+    /// Critical ones as well.
+    Any,
+}
+
+impl Health {
+    fn worst(self) -> Status {
+        match self {
+            Self::Passing => Status::Passing,
+            Self::Warning => Status::Warning,
+            Self::Any => Status::Critical,
+        }
+    }
+}
+
+/// An instance that should serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The node's name.
+    pub node: String,
+    /// The service ID.
+    pub id: String,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its weight, at least 1.
+    pub weight: u32,
+}
+
+/// Why an instance does not serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// It lacks a tag.
+    Tag,
+    /// An operator took it out.
+    Maintenance,
+    /// A check fails.
+    Critical,
+    /// A check warns.
+    Warning,
+    /// Its weight is 0.
+    WeightZero,
+    /// Its address or port is of no use.
+    Unusable(Unusable),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tag => "tag",
+            Self::Maintenance => "maintenance",
+            Self::Critical => "critical",
+            Self::Warning => "warning",
+            Self::WeightZero => "weight-0",
+            Self::Unusable(unusable) => return unusable.fmt(f),
+        })
+    }
+}
+
+/// Judges one instance.
+pub fn judge(selection: &Selection, instance: &Instance) -> Result<Peer, Reason> {
+    if !selection.tags.iter().all(|tag| instance.tags.contains(tag)) {
+        return Err(Reason::Tag);
+    }
+    if instance.status > selection.health.worst() {
+        return Err(match instance.status {
+            Status::Maintenance => Reason::Maintenance,
+            Status::Critical => Reason::Critical,
+            Status::Warning | Status::Passing => Reason::Warning,
+        });
+    }
+    let address = instance.address.map_err(Reason::Unusable)?;
+    let weight = match (instance.weights.at(instance.status), selection.weight) {
+        // 0 takes it out of rotation, whatever else is set.
+        (0, _) => return Err(Reason::WeightZero),
+        (_, Some(weight)) => weight,
+        (weight, None) => u32::from(weight),
+    };
+    Ok(Peer { node: instance.node.clone(), id: instance.id.clone(), address, weight })
+}
+
+/// The instances that should serve, in the order they came.
+pub fn select(selection: &Selection, instances: &[Instance]) -> Vec<Peer> {
+    instances.iter().filter_map(|instance| judge(selection, instance).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::instance::Weights;
+
+    fn instance(status: Status) -> Instance {
+        Instance {
+            node: "n1".into(),
+            id: "a".into(),
+            address: Ok("10.0.0.1:80".parse().unwrap()),
+            tags: vec!["app".into(), "blue".into()],
+            status,
+            weights: Weights { passing: 5, warning: 2 },
+        }
+    }
+
+    #[test]
+    fn the_whole_table_of_status_and_health() {
+        use Status::*;
+        let table = [
+            (Passing, [Ok(5), Ok(5), Ok(5)]),
+            (Warning, [Err(Reason::Warning), Ok(2), Ok(2)]),
+            (Critical, [Err(Reason::Critical), Err(Reason::Critical), Ok(5)]),
+            (Maintenance, [Err(Reason::Maintenance); 3]),
+        ];
+        for (status, expected) in table {
+            for (health, expected) in
+                [Health::Passing, Health::Warning, Health::Any].into_iter().zip(expected)
+            {
+                let selection = Selection { health, ..Default::default() };
+                let judged = judge(&selection, &instance(status)).map(|peer| peer.weight);
+                assert_eq!(judged, expected, "{status:?} under health={health:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_tags_must_match() {
+        let with = |tags: &[&str]| {
+            let tags = tags.iter().map(|t| t.to_string()).collect();
+            let selection = Selection { tags, ..Default::default() };
+            judge(&selection, &instance(Status::Passing)).map(|_| ())
+        };
+        assert_eq!(with(&[]), Ok(()));
+        assert_eq!(with(&["app"]), Ok(()));
+        assert_eq!(with(&["blue", "app"]), Ok(()));
+        assert_eq!(with(&["app", "green"]), Err(Reason::Tag));
+        assert_eq!(with(&["App"]), Err(Reason::Tag));
+    }
+
+    #[test]
+    fn weight_zero_wins_over_the_lines_weight() {
+        let selection =
+            Selection { weight: Some(9), health: Health::Warning, ..Default::default() };
+        let mut it = instance(Status::Passing);
+        assert_eq!(judge(&selection, &it).unwrap().weight, 9);
+        it.weights.passing = 0;
+        assert_eq!(judge(&selection, &it), Err(Reason::WeightZero));
+        it.status = Status::Warning;
+        assert_eq!(judge(&selection, &it).unwrap().weight, 9);
+    }
+
+    #[test]
+    fn an_unusable_address_says_why() {
+        let mut it = instance(Status::Passing);
+        it.address = Err(Unusable::NoPort);
+        let reason = judge(&Selection::default(), &it).unwrap_err();
+        assert_eq!(reason.to_string(), "no-port");
+    }
+
+    fn any_instance() -> impl Strategy<Value = Instance> {
+        let status = prop_oneof![
+            Just(Status::Passing),
+            Just(Status::Warning),
+            Just(Status::Critical),
+            Just(Status::Maintenance)
+        ];
+        let address = prop_oneof![
+            any::<std::net::SocketAddrV4>().prop_map(|a| Ok(a.into())),
+            Just(Err(Unusable::NoPort))
+        ];
+        (status, address, any::<(u16, u16)>(), proptest::collection::vec("[ab]", 0..3)).prop_map(
+            |(status, address, (passing, warning), tags)| Instance {
+                status,
+                address,
+                tags,
+                weights: Weights { passing, warning },
+                ..instance(Status::Passing)
+            },
+        )
+    }
+
+    proptest! {
+        /// A laxer `health` never takes an instance out, and what serves is always usable.
+        #[test]
+        fn laxer_health_serves_no_less(all in proptest::collection::vec(any_instance(), 0..20)) {
+            let serve = |health| {
+                select(&Selection { health, ..Default::default() }, &all)
+            };
+            let (passing, warning, any) =
+                (serve(Health::Passing), serve(Health::Warning), serve(Health::Any));
+            prop_assert!(passing.iter().all(|peer| warning.contains(peer)));
+            prop_assert!(warning.iter().all(|peer| any.contains(peer)));
+            prop_assert!(any.iter().all(|peer| peer.weight >= 1));
+            let maintained = all.iter().filter(|i| i.status == Status::Maintenance).count();
+            prop_assert!(any.len() <= all.len() - maintained);
+        }
+    }
+}

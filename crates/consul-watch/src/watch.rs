@@ -1,0 +1,167 @@
+//! The loop that keeps a snapshot in step with Consul.
+//!
+//! Consul's answers cannot all be believed. A single server that restarts answers with an empty
+//! or a partial list for a few hundred milliseconds (seen with 1.8.7), and the one symptom is an
+//! index below those before; a kept index makes a wiped agent wait its whole time. So:
+//!
+//! - the first question, and the one after any error, is a consistent read that does not wait;
+//! - a blocking answer with an index below the highest one applied is dropped, and a consistent
+//!   read asked for; if that one's index is low as well, Consul was restored or wiped, and it is
+//!   believed;
+//! - the index advances only after the set was taken over.
+//!
+//! The rules of the index are those of Consul's documentation, "Blocking Queries".
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::backoff::Backoff;
+use crate::error::Error;
+use crate::health;
+use crate::instance::Instance;
+use crate::pace::Pace;
+
+/// A question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Now, and confirmed by the leader.
+    Consistent,
+    /// When something after `index` has happened, or the wait is over.
+    Blocking {
+        /// The index of the last answer.
+        index: u64,
+    },
+}
+
+/// An answer with status 200.
+#[derive(Debug)]
+pub struct Answer {
+    /// `X-Consul-Index`.
+    pub index: u64,
+    /// The body, as it came.
+    pub body: Vec<u8>,
+}
+
+/// Who asks. [`crate::client::Service`] asks an agent; tests answer by themselves.
+pub trait Transport {
+    /// Asks, and waits for the whole answer.
+    fn ask(&mut self, ask: Ask) -> impl Future<Output = Result<Answer, Error>>;
+}
+
+/// All instances of a service at one index, in the order of node and service ID.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Consul's index.
+    pub index: u64,
+    /// The instances.
+    pub instances: Vec<Instance>,
+}
+
+/// Who wants to know.
+pub trait Sink {
+    /// The instances changed. Returns once the new set was taken over: until then the watch does
+    /// not go on.
+    fn changed(&mut self, snapshot: Arc<Snapshot>) -> impl Future<Output = ()>;
+
+    /// A good answer came, changed or not; it is told before the change.
+    fn answered(&mut self);
+
+    /// There was no good answer. The last set stands.
+    fn failed(&mut self, error: &Error);
+}
+
+/// Follows a service for ever.
+pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Infallible {
+    let mut watch = Watch::default();
+    let mut backoff = Backoff::default();
+    let mut pace = Pace::default();
+    loop {
+        let ask = watch.next();
+        let answer = transport.ask(ask).await;
+        let begin = Instant::now();
+        let verdict = answer.and_then(|answer| watch.judge(ask, answer));
+        let rest = match verdict {
+            Err(error) => {
+                sink.failed(&error);
+                watch.index = None;
+                backoff.next(error.retry())
+            }
+            Ok(verdict) => {
+                match verdict {
+                    Verdict::Suspicious => (),
+                    Verdict::Same { index } => {
+                        sink.answered();
+                        backoff.reset();
+                        watch.advance(index);
+                    }
+                    Verdict::Changed(snapshot) => {
+                        sink.answered();
+                        backoff.reset();
+                        sink.changed(snapshot.clone()).await;
+                        watch.advance(snapshot.index);
+                        watch.last = Some(snapshot);
+                    }
+                }
+                pace.next(begin.elapsed())
+            }
+        };
+        if !rest.is_zero() {
+            sleep(rest.max(Duration::from_millis(1))).await;
+        }
+    }
+}
+
+/// What is known so far.
+#[derive(Debug, Default)]
+struct Watch {
+    /// The index to wait on; none after an error.
+    index: Option<u64>,
+    /// The highest index taken over.
+    high: u64,
+    /// What was taken over last.
+    last: Option<Arc<Snapshot>>,
+}
+
+enum Verdict {
+    /// An older state than the one already seen: not to be believed without asking again.
+    Suspicious,
+    Same {
+        index: u64,
+    },
+    Changed(Arc<Snapshot>),
+}
+
+impl Watch {
+    fn next(&self) -> Ask {
+        match self.index {
+            None => Ask::Consistent,
+            Some(index) => Ask::Blocking { index },
+        }
+    }
+
+    fn judge(&mut self, ask: Ask, answer: Answer) -> Result<Verdict, Error> {
+        // An index of 0 would make the next query return at once.
+        let index = answer.index.max(1);
+        if index < self.high && matches!(ask, Ask::Blocking { .. }) {
+            self.index = None;
+            return Ok(Verdict::Suspicious);
+        }
+        let instances = health::parse(&answer.body)?;
+        Ok(match &self.last {
+            Some(last) if last.instances == instances => Verdict::Same { index },
+            _ => Verdict::Changed(Arc::new(Snapshot { index, instances })),
+        })
+    }
+
+    fn advance(&mut self, index: u64) {
+        self.index = Some(index);
+        // Not the maximum: a consistent read with a low index is a restore or a wipe.
+        self.high = index;
+    }
+}
+
+#[cfg(test)]
+mod tests;

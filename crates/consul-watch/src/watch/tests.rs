@@ -1,0 +1,206 @@
+use std::collections::VecDeque;
+
+use serde_json::json;
+
+use super::*;
+use crate::error::Cause;
+
+/// Answers from a script, and what was asked and told, with the times.
+#[derive(Default)]
+struct Script {
+    answers: VecDeque<Result<Answer, Error>>,
+    asked: Vec<(Duration, Ask)>,
+    begin: Option<Instant>,
+}
+
+impl Transport for Script {
+    async fn ask(&mut self, ask: Ask) -> Result<Answer, Error> {
+        let begin = *self.begin.get_or_insert_with(Instant::now);
+        self.asked.push((begin.elapsed(), ask));
+        match self.answers.pop_front() {
+            Some(answer) => answer,
+            // The script is at its end: this long poll never returns.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Told {
+    Answered,
+    Changed(u64, Vec<String>),
+    Failed(Cause),
+}
+
+#[derive(Default)]
+struct Listener(Vec<Told>);
+
+impl Sink for Listener {
+    async fn changed(&mut self, snapshot: Arc<Snapshot>) {
+        let ids = snapshot.instances.iter().map(|i| i.id.clone()).collect();
+        self.0.push(Told::Changed(snapshot.index, ids));
+    }
+    fn answered(&mut self) {
+        self.0.push(Told::Answered);
+    }
+    fn failed(&mut self, error: &Error) {
+        self.0.push(Told::Failed(error.cause()));
+    }
+}
+
+fn answer(index: u64, ids: &[&str]) -> Result<Answer, Error> {
+    let entries: Vec<_> = ids
+        .iter()
+        .map(|id| {
+            json!({"Node": {"Node": "n", "Address": "10.0.0.1"}, "Service": {"ID": id, "Port": 80}})
+        })
+        .collect();
+    Ok(Answer { index, body: json!(entries).to_string().into_bytes() })
+}
+
+async fn run(
+    answers: impl IntoIterator<Item = Result<Answer, Error>>,
+) -> (Vec<(Duration, Ask)>, Vec<Told>) {
+    let mut script = Script { answers: answers.into_iter().collect(), ..Default::default() };
+    let mut listener = Listener::default();
+    let _ =
+        tokio::time::timeout(Duration::from_secs(3600), follow(&mut script, &mut listener)).await;
+    assert!(script.answers.is_empty(), "the watch stopped asking");
+    (script.asked, listener.0)
+}
+
+fn asks(asked: &[(Duration, Ask)]) -> Vec<Ask> {
+    asked.iter().map(|(_, ask)| *ask).collect()
+}
+
+const fn blocking(index: u64) -> Ask {
+    Ask::Blocking { index }
+}
+
+fn changed(index: u64, ids: &[&str]) -> Told {
+    Told::Changed(index, ids.iter().map(|id| id.to_string()).collect())
+}
+
+use Ask::Consistent;
+use Told::{Answered, Failed};
+
+#[tokio::test(start_paused = true)]
+async fn asks_consistently_first_and_then_waits_on_the_index() {
+    let (asked, told) = run([answer(7, &["a"]), answer(9, &["a", "b"])]).await;
+    assert_eq!(asks(&asked), [Consistent, blocking(7), blocking(9)]);
+    assert_eq!(told, [Answered, changed(7, &["a"]), Answered, changed(9, &["a", "b"])]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_content_is_no_change() {
+    let (asked, told) =
+        run([answer(7, &["a", "b"]), answer(8, &["b", "a"]), answer(8, &["a", "b"])]).await;
+    assert_eq!(asks(&asked), [Consistent, blocking(7), blocking(8), blocking(8)]);
+    assert_eq!(told, [Answered, changed(7, &["a", "b"]), Answered, Answered]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_that_goes_back_is_verified_and_not_believed() {
+    let (asked, told) =
+        run([answer(78, &["a", "b"]), answer(13, &[]), answer(80, &["a", "b"])]).await;
+    assert_eq!(asks(&asked), [Consistent, blocking(78), Consistent, blocking(80)]);
+    assert_eq!(told, [Answered, changed(78, &["a", "b"]), Answered]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_low_index_of_a_consistent_read_is_a_wipe() {
+    let (asked, told) =
+        run([answer(78, &["a"]), answer(13, &[]), answer(13, &[]), answer(14, &["b"])]).await;
+    assert_eq!(asks(&asked), [Consistent, blocking(78), Consistent, blocking(13), blocking(14)]);
+    assert_eq!(
+        told,
+        [Answered, changed(78, &["a"]), Answered, changed(13, &[]), Answered, changed(14, &["b"])]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_of_zero_is_one() {
+    let (asked, _) = run([answer(0, &["a"]), answer(0, &["a"])]).await;
+    assert_eq!(asks(&asked), [Consistent, blocking(1), blocking(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_keeps_the_set_and_asks_consistently() {
+    let bad = || Ok(Answer { index: 8, body: b"<html>".to_vec() });
+    let (asked, told) = run([
+        answer(7, &["a"]),
+        Err(Error::Timeout),
+        bad(),
+        Err(Error::Index),
+        answer(7, &["a"]),
+        answer(8, &[]),
+    ])
+    .await;
+    assert_eq!(
+        asks(&asked),
+        [Consistent, blocking(7), Consistent, Consistent, Consistent, blocking(7), blocking(8)]
+    );
+    assert_eq!(
+        told,
+        [
+            Answered,
+            changed(7, &["a"]),
+            Failed(Cause::Transport),
+            Failed(Cause::Invalid),
+            Failed(Cause::Invalid),
+            Answered,
+            Answered,
+            changed(8, &[]),
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn backs_off_and_starts_over_after_an_answer() {
+    let errors = |n| (0..n).map(|_| Err(Error::Timeout));
+    let (asked, _) =
+        run(errors(30).chain([answer(7, &["a"])]).chain(errors(1)).chain([answer(8, &["a"])]))
+            .await;
+    let waits: Vec<_> = asked.windows(2).map(|w| w[1].0 - w[0].0).collect();
+    assert!(waits.iter().all(|wait| *wait <= Duration::from_secs(10)));
+    let ms = Duration::from_millis;
+    assert!(waits[0] <= ms(251) && waits[1] <= ms(501) && waits[2] <= ms(1001));
+    assert!(
+        waits[10..30].iter().sum::<Duration>() > Duration::from_secs(20),
+        "full jitter to 10 s"
+    );
+    assert!(waits[31] <= ms(251), "the answer ended the back-off");
+}
+
+#[tokio::test(start_paused = true)]
+async fn waits_for_a_person_after_a_denial() {
+    let (asked, _) = run([Err(Error::Denied), answer(7, &["a"])]).await;
+    let wait = asked[1].0;
+    assert!(wait >= Duration::from_secs(30) && wait <= Duration::from_secs(60), "{wait:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_never_waits_does_not_make_it_spin() {
+    let (asked, told) = run((0..500).map(|_| answer(7, &["a"]))).await;
+    let took = asked[500].0;
+    assert!(took >= Duration::from_secs(8), "500 answers in {took:?}");
+    assert_eq!(told.iter().filter(|told| matches!(told, Told::Changed(..))).count(), 1);
+}
+
+/// The index moves on only when the set was taken over: a sink that is slow is not asked past.
+#[tokio::test(start_paused = true)]
+async fn does_not_go_on_before_the_set_is_taken_over() {
+    struct Stuck;
+    impl Sink for Stuck {
+        async fn changed(&mut self, _: Arc<Snapshot>) {
+            std::future::pending().await
+        }
+        fn answered(&mut self) {}
+        fn failed(&mut self, _: &Error) {}
+    }
+    let mut script =
+        Script { answers: [answer(7, &["a"]), answer(8, &["b"])].into(), ..Default::default() };
+    let end = tokio::time::timeout(Duration::from_secs(60), follow(&mut script, &mut Stuck)).await;
+    assert!(end.is_err());
+    assert_eq!(asks(&script.asked), [Consistent]);
+}
