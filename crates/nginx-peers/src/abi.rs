@@ -1,0 +1,207 @@
+//! The C types that nginx has twice, for http and for stream, seen as one.
+//!
+//! Both pairs of types have the same fields at offsets of their own. A field is given as a
+//! pointer to it: the structures lie in shared memory, where other processes write other fields
+//! at the same time, so a Rust reference to a whole one would be a lie.
+
+use nginx_sys::{
+    ngx_atomic_t, ngx_http_upstream_rr_peer_t, ngx_http_upstream_rr_peers_t, ngx_int_t,
+    ngx_slab_pool_t, ngx_str_t, ngx_uint_t, sockaddr, socklen_t, time_t,
+};
+
+macro_rules! declare {
+    ($($(#[$doc:meta])* $field:ident: $type:ty;)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            ///
+            /// `this` points to a live structure.
+            unsafe fn $field(this: *mut Self) -> *mut $type;
+        )*
+    };
+}
+
+macro_rules! define {
+    ($($field:ident: $type:ty;)*) => {
+        $(
+            unsafe fn $field(this: *mut Self) -> *mut $type {
+                // SAFETY: `this` points to a live structure, says the caller; no reference to it
+                // is made.
+                unsafe { &raw mut (*this).$field }
+            }
+        )*
+    };
+}
+
+/// `ngx_http_upstream_rr_peer_t` and its like.
+///
+/// # Safety
+///
+/// The fields are those of nginx's structure of the same names, and `free_locked` frees all that
+/// a peer owns.
+pub unsafe trait PeerAbi: Sized {
+    declare! {
+        /// The address, of `socklen` bytes.
+        sockaddr: *mut sockaddr;
+        /// The address's length.
+        socklen: socklen_t;
+        /// The address as text.
+        name: ngx_str_t;
+        /// What the configuration calls it.
+        server: ngx_str_t;
+        /// The weight that failures lower.
+        effective_weight: ngx_int_t;
+        /// The weight.
+        weight: ngx_int_t;
+        /// The most connections at a time; 0 for no limit.
+        max_conns: ngx_uint_t;
+        /// Failures until it is left alone; 0 for never.
+        max_fails: ngx_uint_t;
+        /// For how many seconds it is left alone.
+        fail_timeout: time_t;
+        /// Not 0: out of rotation.
+        down: ngx_uint_t;
+        /// Requests that hold the peer.
+        refs: ngx_uint_t;
+        /// The next peer.
+        next: *mut Self;
+        /// A TLS session, in the zone.
+        ssl_session: *mut core::ffi::c_void;
+    }
+
+    /// Marks the peer to be freed by the last request that holds it.
+    ///
+    /// # Safety
+    ///
+    /// `this` is live, and the caller holds the list's write lock.
+    unsafe fn set_zombie(this: *mut Self);
+
+    /// Gives the peer the session ID that `sticky` routes by, where this nginx has one. `false`
+    /// when the zone has no room for it.
+    ///
+    /// # Safety
+    ///
+    /// `this` is a peer under construction in the zone of `pool`, with its name set.
+    unsafe fn prepare_session_id(this: *mut Self, pool: *mut ngx_slab_pool_t) -> bool;
+
+    /// Frees the peer and what it owns.
+    ///
+    /// # Safety
+    ///
+    /// `this` lies in the zone of `pool`, whose mutex the caller holds; nobody else can reach it.
+    unsafe fn free_locked(this: *mut Self, pool: *mut ngx_slab_pool_t);
+}
+
+/// `ngx_http_upstream_rr_peers_t` and its like.
+///
+/// # Safety
+///
+/// The fields are those of nginx's structure of the same names.
+pub unsafe trait PeersAbi: Sized {
+    /// The peers of this list.
+    type Peer: PeerAbi;
+
+    declare! {
+        /// How many peers.
+        number: ngx_uint_t;
+        /// The zone's allocator.
+        shpool: *mut ngx_slab_pool_t;
+        /// Guards the links and the counters.
+        rwlock: ngx_atomic_t;
+        /// Counts the changes; shared by the list and its backups.
+        config: *mut ngx_uint_t;
+        /// The sum of the weights.
+        total_weight: ngx_uint_t;
+        /// Peers that are not down.
+        tries: ngx_uint_t;
+        /// The backups' list, or null.
+        next: *mut Self;
+        /// The first peer.
+        peer: *mut Self::Peer;
+    }
+
+    /// Sets the two flags that nginx derives from the counters.
+    ///
+    /// # Safety
+    ///
+    /// `this` is live, and the caller holds its write lock.
+    unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool);
+}
+
+// SAFETY: all is of ngx_http_upstream_round_robin.h.
+unsafe impl PeerAbi for ngx_http_upstream_rr_peer_t {
+    define! {
+        sockaddr: *mut sockaddr;
+        socklen: socklen_t;
+        name: ngx_str_t;
+        server: ngx_str_t;
+        effective_weight: ngx_int_t;
+        weight: ngx_int_t;
+        max_conns: ngx_uint_t;
+        max_fails: ngx_uint_t;
+        fail_timeout: time_t;
+        down: ngx_uint_t;
+        refs: ngx_uint_t;
+        next: *mut Self;
+        ssl_session: *mut core::ffi::c_void;
+    }
+
+    unsafe fn set_zombie(this: *mut Self) {
+        // SAFETY: under the write lock nobody else has a use for the structure, and the bit field
+        // is alone in its byte's word.
+        unsafe { (*this).set_zombie(1) }
+    }
+
+    unsafe fn prepare_session_id(this: *mut Self, pool: *mut ngx_slab_pool_t) -> bool {
+        #[cfg(nginx_sid)]
+        // SAFETY: the peer is not linked yet, so nobody else sees it; the buffer has the size
+        // that the function writes.
+        unsafe {
+            let len = crate::inline::NGINX_PEERS_SID_LEN as usize;
+            let data = nginx_sys::ngx_slab_calloc(pool, len);
+            if data.is_null() {
+                return false;
+            }
+            (*this).sid.data = data.cast();
+            nginx_sys::ngx_http_upstream_init_round_robin_sid(this, core::ptr::null_mut());
+        }
+        #[cfg(not(nginx_sid))]
+        let _ = (this, pool);
+        true
+    }
+
+    unsafe fn free_locked(this: *mut Self, pool: *mut ngx_slab_pool_t) {
+        // SAFETY: nginx's function looks at the list for its pool alone, so one that has nothing
+        // else serves; the rest is the caller's promise.
+        unsafe {
+            let mut list: ngx_http_upstream_rr_peers_t = core::mem::zeroed();
+            list.shpool = pool;
+            crate::inline::ngx_http_upstream_rr_peer_free_locked(&mut list, this);
+        }
+    }
+}
+
+// SAFETY: all is of ngx_http_upstream_round_robin.h.
+unsafe impl PeersAbi for ngx_http_upstream_rr_peers_t {
+    type Peer = ngx_http_upstream_rr_peer_t;
+
+    define! {
+        number: ngx_uint_t;
+        shpool: *mut ngx_slab_pool_t;
+        rwlock: ngx_atomic_t;
+        config: *mut ngx_uint_t;
+        total_weight: ngx_uint_t;
+        tries: ngx_uint_t;
+        next: *mut Self;
+        peer: *mut Self::Peer;
+    }
+
+    unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool) {
+        // SAFETY: under the write lock nobody else touches the two bits.
+        unsafe {
+            (*this).set_single(u32::from(single));
+            (*this).set_weighted(u32::from(weighted));
+        }
+    }
+}

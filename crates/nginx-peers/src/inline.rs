@@ -1,0 +1,6 @@
+//! The wrappers that `build.rs` makes of `inline.h`.
+
+#![allow(non_camel_case_types, non_upper_case_globals, missing_docs, clippy::all, unused_imports)]
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+include!(concat!(env!("OUT_DIR"), "/inline.rs"));

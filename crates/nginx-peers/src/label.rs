@@ -1,0 +1,115 @@
+//! By what name an instance is known.
+
+use std::fmt;
+
+/// The longest service ID that is kept, in bytes. With [`NODE`] and a service name of usual length
+/// a label stays within one slot of 256 bytes.
+const ID: usize = 88;
+/// The longest node name that is kept, in bytes.
+const NODE: usize = 64;
+
+/// An instance's node and service ID: which one it is, whatever its address.
+///
+/// It stands in shared memory behind the text of the peer's `server`, so that a worker that takes
+/// over the list knows what it finds. Both texts are safe to log: what is not printable ASCII is
+/// escaped, and what is too long is cut.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Label {
+    node: String,
+    id: String,
+}
+
+impl Label {
+    /// The label of an instance.
+    pub fn new(node: &str, id: &str) -> Self {
+        Self { node: cut(node, NODE), id: cut(id, ID) }
+    }
+
+    /// The service ID.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// How many bytes [`Self::encode`] appends.
+    pub(crate) fn encoded_len(&self) -> usize {
+        2 + self.node.len() + self.id.len()
+    }
+
+    /// Appends the label to a peer's text: each part with its length in front.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        for part in [&self.node, &self.id] {
+            // At most 88: `cut` saw to it.
+            out.push(part.len() as u8);
+            out.extend_from_slice(part.as_bytes());
+        }
+    }
+
+    /// Reads a label; `bytes` gives one byte at a time, from behind the peer's text.
+    pub(crate) fn decode(mut bytes: impl FnMut() -> u8) -> Self {
+        let mut part = || {
+            let len = bytes();
+            let text: Vec<u8> = (0..len).map(|_| bytes()).collect();
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        Self { node: part(), id: part() }
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.id)
+    }
+}
+
+fn cut(text: &str, limit: usize) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        let before = out.len();
+        match c {
+            // A quote or a backslash could make a log line say what it does not.
+            '"' | '\\' => out.extend(['\\', c]),
+            ' '..='~' => out.push(c),
+            _ => out.extend(c.escape_default()),
+        }
+        if out.len() > limit {
+            out.truncate(before);
+            break;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn texts_are_printable_and_bounded() {
+        let label = Label::new("n\n1", "we\"b\u{202e}");
+        assert_eq!((label.node(), label.id()), ("n\\n1", "we\\\"b\\u{202e}"));
+        let label = Label::new(&"n".repeat(500), &"é".repeat(500));
+        assert_eq!(label.node().len(), NODE);
+        // Whole escapes, six bytes each.
+        assert_eq!(label.id().len(), ID / 6 * 6);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(node in "\\PC{0,80}", id in ".{0,120}") {
+            let label = Label::new(&node, &id);
+            prop_assert!(label.to_string().bytes().all(|b| (b' '..=b'~').contains(&b)));
+            let mut bytes = Vec::new();
+            label.encode(&mut bytes);
+            prop_assert_eq!(bytes.len(), label.encoded_len());
+            let mut bytes = bytes.into_iter();
+            prop_assert_eq!(Label::decode(|| bytes.next().unwrap()), label);
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Edits the peer list of an nginx upstream in shared memory, at run time.
+//!
+//! nginx keeps the peers of an upstream with a `zone` in a linked list in shared memory, and every
+//! stock balancer picks from it. Since 1.27.3 the list may change while nginx runs: peers have
+//! reference counts, and a counter (`config`) tells whoever is in the middle of something that it
+//! did. nginx itself does so for `server … resolve`; here it is done for anybody who has a list of
+//! [`Spec`]s.
+//!
+//! ```text
+//! spec ──▶ diff ──▶ list ─────────────▶ shared memory
+//! what     what     prepare, then link
+//! should   differs  under one short lock
+//! be
+//! ```
+//!
+//! One process edits a list: the worker that calls [`List::apply`]. The others only read. That is
+//! nginx's own rule (`resolve` gives each server one worker), and what follows relies on it: the
+//! links may be walked without the lock, because nobody else writes them.
+//!
+//! [`retry`] holds the decisions of the other half: what a request does whose list has changed
+//! since it began.
+
+#![warn(missing_docs)]
+
+mod abi;
+pub mod counters;
+pub mod diff;
+mod inline;
+mod label;
+pub mod list;
+pub mod retry;
+pub mod spec;
+mod zone;
+
+#[cfg(test)]
+mod doubles;
+
+pub use abi::{PeerAbi, PeersAbi};
+pub use label::Label;
+pub use list::{Change, Changed, List};
+pub use spec::Spec;
+pub use zone::Full;

@@ -1,0 +1,167 @@
+//! What a request does whose list of peers changed after it began to choose.
+//!
+//! Every change of a list makes the balancers of requests under way answer "busy", because what
+//! they remember of it (a bitmap by position, a cached ring) no longer fits: nginx then gives up
+//! with 502, though peers are alive. A request that sees the change begins to choose anew
+//! instead. The balancer forgets with that which peers it has tried, and how often; the decisions
+//! that make up for it are here, the calls in the module.
+
+/// How often a request begins anew. Between two of its steps the list changes once at the most,
+/// as a rule; the bound is for a list that changes faster than a worker runs.
+const MAX_RESTARTS: u32 = 8;
+
+/// The longest address of IP, `sockaddr_in6`.
+const ADDRESS: usize = 28;
+
+/// How many addresses a request remembers.
+const REMEMBERED: usize = 8;
+
+/// The bytes of a socket address. Addresses that are longer (Unix sockets) are cut: at worst two
+/// static servers pass for one, after a change, in one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Address {
+    bytes: [u8; ADDRESS],
+    len: usize,
+}
+
+impl Address {
+    fn new(address: &[u8]) -> Self {
+        let mut bytes = [0; ADDRESS];
+        bytes.iter_mut().zip(address).for_each(|(to, from)| *to = *from);
+        Self { bytes, len: address.len() }
+    }
+}
+
+/// A request's memory of its attempts. It has no destructor: nginx's pools run none.
+#[derive(Clone, Copy, Debug)]
+pub struct Attempts {
+    /// `proxy_next_upstream_tries`; 0 for no limit.
+    limit: usize,
+    /// Peers given to the request so far.
+    given: usize,
+    restarts: u32,
+    tried: [Option<Address>; REMEMBERED],
+}
+
+impl Attempts {
+    /// A request that begins, with the limit of `proxy_next_upstream_tries`.
+    pub fn new(limit: usize) -> Self {
+        Self { limit, given: 0, restarts: 0, tried: [None; REMEMBERED] }
+    }
+
+    /// Whether a request that was told "busy" may begin anew, and counts it.
+    pub fn restart(&mut self, list_changed: bool) -> bool {
+        if !list_changed || self.restarts >= MAX_RESTARTS {
+            return false;
+        }
+        self.restarts += 1;
+        true
+    }
+
+    /// The tries that a request has after it began anew: `full` is what the balancer now allows.
+    ///
+    /// What was left before is no measure: the list may have grown. At least one, since the
+    /// request was about to use it.
+    pub fn tries(&self, full: usize) -> usize {
+        match self.limit {
+            0 => full,
+            limit => full.min(limit.saturating_sub(self.given)),
+        }
+        .max(1)
+    }
+
+    /// Whether a peer that the balancer chose was tried before it forgot.
+    pub fn was_tried(&self, address: &[u8]) -> bool {
+        self.restarts > 0 && self.tried.contains(&Some(Address::new(address)))
+    }
+
+    /// How many peers that were tried the request may be offered before it gives up: each of them
+    /// once.
+    pub fn remembered(&self) -> usize {
+        self.tried.iter().flatten().count()
+    }
+
+    /// A peer was given to the request.
+    pub fn given(&mut self, address: &[u8]) {
+        if let Some(slot) = self.tried.get_mut(self.given % REMEMBERED) {
+            *slot = Some(Address::new(address));
+        }
+        self.given = self.given.saturating_add(1);
+    }
+
+    /// Whether a failed request without tries gets one more. A list of one peer leaves no tries;
+    /// when it has grown since, there is somebody to ask.
+    pub fn one_more(&self, tries: usize, list_changed: bool, peers: usize) -> bool {
+        tries == 0
+            && list_changed
+            && peers > 0
+            && self.restarts < MAX_RESTARTS
+            && (self.limit == 0 || self.given < self.limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn begins_anew_only_for_a_change_and_not_for_ever() {
+        let mut attempts = Attempts::new(0);
+        assert!(!attempts.restart(false), "busy for another reason");
+        assert_eq!((0..20).filter(|_| attempts.restart(true)).count(), MAX_RESTARTS as usize);
+    }
+
+    #[test]
+    fn tries_follow_the_new_list_and_the_limit() {
+        let mut attempts = Attempts::new(0);
+        attempts.given(b"a");
+        assert_eq!(attempts.tries(5), 5, "the list grew");
+        assert_eq!(attempts.tries(0), 1);
+
+        let mut attempts = Attempts::new(3);
+        assert_eq!(attempts.tries(5), 3);
+        attempts.given(b"a");
+        assert_eq!(attempts.tries(5), 2);
+        attempts.given(b"b");
+        attempts.given(b"c");
+        assert_eq!(attempts.tries(5), 1, "never none: a try is under way");
+    }
+
+    #[test]
+    fn remembers_what_the_balancer_forgot() {
+        let mut attempts = Attempts::new(0);
+        attempts.given(b"a");
+        assert!(!attempts.was_tried(b"a"), "the balancer remembers by itself");
+        assert!(attempts.restart(true));
+        assert!(attempts.was_tried(b"a"));
+        assert!(!attempts.was_tried(b"b") && !attempts.was_tried(b"a\0"));
+        for n in 0..20u8 {
+            attempts.given(&[n]);
+        }
+        assert_eq!(attempts.remembered(), REMEMBERED);
+        assert!(
+            attempts.was_tried(&[19]) && attempts.was_tried(&[12]) && !attempts.was_tried(&[11])
+        );
+    }
+
+    #[test]
+    fn a_long_address_is_cut_and_no_more() {
+        let mut attempts = Attempts::new(0);
+        attempts.given(&[7; 110]);
+        attempts.restart(true);
+        assert!(attempts.was_tried(&[7; 110]) && !attempts.was_tried(&[7; 28]));
+    }
+
+    #[test]
+    fn one_more_try_when_a_single_peer_failed_and_others_came() {
+        let mut attempts = Attempts::new(0);
+        attempts.given(b"a");
+        assert!(attempts.one_more(0, true, 2));
+        assert!(!attempts.one_more(1, true, 2), "it has some");
+        assert!(!attempts.one_more(0, false, 2), "nothing changed");
+        assert!(!attempts.one_more(0, true, 0), "nobody to ask");
+        let mut attempts = Attempts::new(1);
+        attempts.given(b"a");
+        assert!(!attempts.one_more(0, true, 2), "the limit");
+    }
+}

@@ -1,0 +1,90 @@
+//! What the peers of an upstream should be.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+
+use crate::label::Label;
+
+/// One peer that should be in the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// Which instance it is.
+    pub label: Label,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What nginx calls the server: the service's name.
+    pub server: String,
+    /// In the backups' list.
+    pub backup: bool,
+    /// What balancers go by.
+    pub attributes: Attributes,
+}
+
+/// What may change while a peer stays the same. The meanings are those of nginx's `server`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// At least 1.
+    pub weight: u32,
+    /// Connections at a time; 0 for no limit.
+    pub max_conns: u32,
+    /// Failures until it is left alone; 0 for never.
+    pub max_fails: u32,
+    /// In seconds.
+    pub fail_timeout: u32,
+}
+
+impl Default for Attributes {
+    /// nginx's own defaults.
+    fn default() -> Self {
+        Self { weight: 1, max_conns: 0, max_fails: 1, fail_timeout: 10 }
+    }
+}
+
+/// Brings the peers of all sources of an upstream into the one order and takes out duplicates.
+///
+/// The order is that of node and service ID: `hash` and `ip_hash` go by position, and two nginx
+/// with the same configuration should choose the same. Of several peers with one address the
+/// first stays, primaries before backups, earlier sources before later ones: nginx would treat
+/// them as different servers, with twice the weight and half the failures.
+pub fn arrange(sources: impl IntoIterator<Item = Spec>) -> Vec<Spec> {
+    let mut specs: Vec<Spec> = sources.into_iter().collect();
+    // Stable: the sources' order stays within primaries and backups.
+    specs.sort_by_key(|spec| spec.backup);
+    let mut seen = HashSet::with_capacity(specs.len());
+    specs.retain(|spec| seen.insert(spec.address));
+    specs.sort_by(|a, b| a.label.cmp(&b.label));
+    specs
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn spec(id: &str, port: u16) -> Spec {
+        Spec {
+            label: Label::new("n1", id),
+            address: ([10, 0, 0, 1], port).into(),
+            server: "web".into(),
+            backup: false,
+            attributes: Attributes::default(),
+        }
+    }
+
+    #[test]
+    fn sorted_by_node_and_id() {
+        let mut other_node = spec("a", 1);
+        other_node.label = Label::new("n0", "z");
+        let all = arrange([spec("b", 2), spec("a", 3), other_node]);
+        let ids: Vec<_> = all.iter().map(|s| s.label.id()).collect();
+        assert_eq!(ids, ["z", "a", "b"]);
+    }
+
+    #[test]
+    fn one_peer_for_an_address_and_primaries_first() {
+        let backup = Spec { backup: true, ..spec("a", 1) };
+        let all = arrange([backup.clone(), spec("b", 1), spec("c", 1), spec("d", 2)]);
+        let ids: Vec<_> = all.iter().map(|s| (s.label.id(), s.backup)).collect();
+        assert_eq!(ids, [("b", false), ("d", false)]);
+        assert_eq!(arrange([backup.clone()]), [backup]);
+    }
+}

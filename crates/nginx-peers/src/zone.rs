@@ -1,0 +1,296 @@
+//! Peers in shared memory: made whole, or not at all.
+
+use core::ffi::c_void;
+use core::ptr;
+use std::net::SocketAddr;
+
+use nginx_sys::{
+    AF_INET, AF_INET6, ngx_pagesize, ngx_shmtx_lock, ngx_shmtx_unlock, ngx_slab_alloc,
+    ngx_slab_calloc, ngx_slab_free_locked, ngx_slab_pool_t, ngx_sockaddr_t, sockaddr, sockaddr_in,
+    sockaddr_in6, socklen_t,
+};
+use thiserror::Error;
+
+use crate::abi::PeerAbi;
+use crate::inline::NGINX_PEERS_SOCKADDR_STRLEN;
+use crate::label::Label;
+use crate::spec::{Attributes, Spec};
+
+/// The zone has no room for the new peers. The old ones stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the zone of {size} bytes is full, it needs about {needed}k")]
+pub struct Full {
+    /// The zone's size, in bytes.
+    pub size: usize,
+    /// A size that would do, in units of 1024 bytes as in `zone NAME 256k`.
+    pub needed: usize,
+}
+
+/// A peer that is in the zone and not yet in a list. Dropped, it is freed.
+pub(crate) struct Fresh<P: PeerAbi> {
+    peer: *mut P,
+    pool: *mut ngx_slab_pool_t,
+}
+
+impl<P: PeerAbi> Fresh<P> {
+    /// Allocates and fills a peer. `None` when the zone is full.
+    ///
+    /// # Safety
+    ///
+    /// `pool` is the live allocator of a zone, and outlives the peer.
+    pub(crate) unsafe fn new(pool: *mut ngx_slab_pool_t, spec: &Spec) -> Option<Self> {
+        // SAFETY: the pool is live. What is allocated belongs to the peer from the moment it is
+        // stored there, so that dropping an unfinished one frees it; all sizes are those that
+        // nginx gives its own peers. Nobody else can reach the peer before it is linked.
+        unsafe {
+            let peer: *mut P = ngx_slab_calloc(pool, size_of::<P>()).cast();
+            if peer.is_null() {
+                return None;
+            }
+            let fresh = Self { peer, pool };
+
+            let address: *mut sockaddr = ngx_slab_calloc(pool, size_of::<ngx_sockaddr_t>()).cast();
+            if address.is_null() {
+                return None;
+            }
+            *P::sockaddr(peer) = address;
+            *P::socklen(peer) = write_address(spec.address, address);
+
+            let name = spec.address.to_string();
+            let text: *mut u8 = ngx_slab_calloc(pool, NGINX_PEERS_SOCKADDR_STRLEN as usize).cast();
+            if text.is_null() {
+                return None;
+            }
+            (*P::name(peer)).data = text;
+            debug_assert!(name.len() <= NGINX_PEERS_SOCKADDR_STRLEN as usize);
+            ptr::copy_nonoverlapping(name.as_ptr(), text, name.len());
+            (*P::name(peer)).len = name.len();
+
+            let mut server = Vec::with_capacity(server_len(spec));
+            server.extend_from_slice(spec.server.as_bytes());
+            spec.label.encode(&mut server);
+            let text: *mut u8 = ngx_slab_alloc(pool, server.len()).cast();
+            if text.is_null() {
+                return None;
+            }
+            (*P::server(peer)).data = text;
+            ptr::copy_nonoverlapping(server.as_ptr(), text, server.len());
+            // The label stands behind the text.
+            (*P::server(peer)).len = spec.server.len();
+
+            if !P::prepare_session_id(peer, pool) {
+                return None;
+            }
+            write_attributes(peer, &spec.attributes);
+            *P::effective_weight(peer) = *P::weight(peer);
+            Some(fresh)
+        }
+    }
+
+    /// The peer, which is from now on the list's.
+    pub(crate) fn link(self) -> *mut P {
+        let peer = self.peer;
+        core::mem::forget(self);
+        peer
+    }
+
+    /// Where the peer is.
+    pub(crate) fn as_ptr(&self) -> *mut P {
+        self.peer
+    }
+}
+
+impl<P: PeerAbi> Drop for Fresh<P> {
+    fn drop(&mut self) {
+        // SAFETY: the peer was never linked, so nobody else has it, and it owns what its fields
+        // point to; one that is half built is freed piece by piece, as nginx's own function
+        // expects all of them.
+        unsafe {
+            ngx_shmtx_lock(&raw mut (*self.pool).mutex);
+            let parts: [*mut c_void; 3] = [
+                (*P::sockaddr(self.peer)).cast(),
+                (*P::name(self.peer)).data.cast(),
+                (*P::server(self.peer)).data.cast(),
+            ];
+            if parts.iter().any(|part| part.is_null()) {
+                for part in parts.into_iter().filter(|part| !part.is_null()) {
+                    ngx_slab_free_locked(self.pool, part);
+                }
+                ngx_slab_free_locked(self.pool, self.peer.cast());
+            } else {
+                free_locked(self.peer, self.pool);
+            }
+            ngx_shmtx_unlock(&raw mut (*self.pool).mutex);
+        }
+    }
+}
+
+/// Frees peers that are out of the list and that no request holds.
+///
+/// # Safety
+///
+/// The peers lie in the zone of `pool`, and nobody else can reach them.
+pub(crate) unsafe fn free<P: PeerAbi>(
+    pool: *mut ngx_slab_pool_t,
+    peers: impl IntoIterator<Item = *mut P>,
+) {
+    for peer in peers {
+        // The mutex is taken for each: requests wait for it when they save TLS sessions.
+        // SAFETY: the caller's promise.
+        unsafe {
+            ngx_shmtx_lock(&raw mut (*pool).mutex);
+            free_locked(peer, pool);
+            ngx_shmtx_unlock(&raw mut (*pool).mutex);
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`PeerAbi::free_locked`].
+unsafe fn free_locked<P: PeerAbi>(peer: *mut P, pool: *mut ngx_slab_pool_t) {
+    // SAFETY: the caller's promise. nginx's function frees the TLS session only where nginx was
+    // configured with TLS, and one that was is not told from one that was not by the signature:
+    // freed here, it is freed once in both.
+    unsafe {
+        let session = P::ssl_session(peer);
+        if !(*session).is_null() {
+            ngx_slab_free_locked(pool, *session);
+            *session = ptr::null_mut();
+        }
+        P::free_locked(peer, pool);
+    }
+}
+
+/// Stores the attributes, all but the effective weight.
+///
+/// # Safety
+///
+/// `peer` is live, and nobody else uses it: it is not linked, or the caller holds the write lock.
+pub(crate) unsafe fn write_attributes<P: PeerAbi>(peer: *mut P, attributes: &Attributes) {
+    // SAFETY: the caller's promise. All values fit: the fields have 64 bits, the attributes 32
+    // (on 32-bit systems a weight of 2^31 and more is refused by the configuration).
+    unsafe {
+        *P::weight(peer) = attributes.weight as _;
+        *P::max_conns(peer) = attributes.max_conns as _;
+        *P::max_fails(peer) = attributes.max_fails as _;
+        *P::fail_timeout(peer) = attributes.fail_timeout as _;
+    }
+}
+
+/// Reads back what [`Fresh::new`] wrote.
+///
+/// # Safety
+///
+/// `peer` is live and was made by [`Fresh::new`], and this process is the one that edits its list.
+pub(crate) unsafe fn read<P: PeerAbi>(peer: *mut P) -> (Label, Option<SocketAddr>, Attributes) {
+    // SAFETY: the fields read here are written before the peer is linked, or by this process; the
+    // label stands behind the server's text, in the same allocation.
+    unsafe {
+        let server = P::server(peer);
+        let mut at = (*server).data.add((*server).len).cast_const();
+        let label = Label::decode(|| {
+            let byte = *at;
+            at = at.add(1);
+            byte
+        });
+        let attributes = Attributes {
+            weight: *P::weight(peer) as u32,
+            max_conns: *P::max_conns(peer) as u32,
+            max_fails: *P::max_fails(peer) as u32,
+            fail_timeout: *P::fail_timeout(peer) as u32,
+        };
+        (label, read_address(*P::sockaddr(peer)), attributes)
+    }
+}
+
+/// How many bytes the text of the server takes, with its label.
+fn server_len(spec: &Spec) -> usize {
+    spec.server.len() + spec.label.encoded_len()
+}
+
+/// # Safety
+///
+/// `at` has room for an `ngx_sockaddr_t`, zeroed.
+unsafe fn write_address(address: SocketAddr, at: *mut sockaddr) -> socklen_t {
+    // SAFETY: ngx_sockaddr_t is the union of both types.
+    unsafe {
+        match address {
+            SocketAddr::V4(address) => {
+                let at: *mut sockaddr_in = at.cast();
+                (*at).sin_family = AF_INET as _;
+                (*at).sin_port = address.port().to_be();
+                (*at).sin_addr.s_addr = u32::from(*address.ip()).to_be();
+                size_of::<sockaddr_in>() as socklen_t
+            }
+            SocketAddr::V6(address) => {
+                let at: *mut sockaddr_in6 = at.cast();
+                (*at).sin6_family = AF_INET6 as _;
+                (*at).sin6_port = address.port().to_be();
+                ptr::copy_nonoverlapping(
+                    address.ip().octets().as_ptr(),
+                    (&raw mut (*at).sin6_addr).cast(),
+                    16,
+                );
+                size_of::<sockaddr_in6>() as socklen_t
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// `at` points to a socket address of the size that its family says.
+unsafe fn read_address(at: *mut sockaddr) -> Option<SocketAddr> {
+    // SAFETY: the family says which type it is.
+    unsafe {
+        match u32::from((*at).sa_family) {
+            AF_INET => {
+                let at: *mut sockaddr_in = at.cast();
+                let ip = u32::from_be((*at).sin_addr.s_addr).to_be_bytes();
+                Some((ip, u16::from_be((*at).sin_port)).into())
+            }
+            AF_INET6 => {
+                let at: *mut sockaddr_in6 = at.cast();
+                let ip: [u8; 16] = ptr::read((&raw const (*at).sin6_addr).cast());
+                Some((ip, u16::from_be((*at).sin6_port)).into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The error for a zone that has no room for `specs` beside what is in it.
+///
+/// # Safety
+///
+/// `pool` is the live allocator of a zone.
+pub(crate) unsafe fn full<'a, P: PeerAbi>(
+    pool: *mut ngx_slab_pool_t,
+    specs: impl Iterator<Item = &'a Spec>,
+) -> Full {
+    // SAFETY: the bounds never change; `pfree` is read without the mutex, as an estimate may.
+    let (size, used, page) = unsafe {
+        let page = ngx_pagesize;
+        let size = (*pool).end.addr() - pool.addr();
+        let pages = ((*pool).end.addr() - (*pool).start.addr()) / page;
+        (size, pages.saturating_sub((*pool).pfree), page)
+    };
+    // The allocator gives slots of powers of two, each size in pages of its own.
+    let mut bytes = 0;
+    let slot = |len: usize| len.next_power_of_two().max(8);
+    for spec in specs {
+        bytes += slot(size_of::<P>())
+            + slot(size_of::<ngx_sockaddr_t>())
+            + slot(NGINX_PEERS_SOCKADDR_STRLEN as usize)
+            + slot(server_len(spec))
+            // A session ID, where there is one.
+            + 32;
+    }
+    // A page that is begun for each size, and the allocator's own tables.
+    let pages = used + bytes.div_ceil(page) + 6;
+    let tables = 2 * page + pages * 32;
+    const STEP: usize = 64;
+    let needed = (pages * page + tables).div_ceil(1024).div_ceil(STEP) * STEP;
+    Full { size, needed }
+}
