@@ -95,6 +95,32 @@ impl<L: PeersAbi> List<L> {
         Self { primaries, statics }
     }
 
+    /// The peers after the static ones, as they are: what another process has left, or this one.
+    pub fn present(&self) -> Vec<Spec> {
+        // SAFETY: `new`'s promise.
+        unsafe {
+            let backups = *L::next(self.primaries);
+            let mut all = Vec::new();
+            for (peers, statics, backup) in [
+                (self.primaries, self.statics.primaries, false),
+                (backups, self.statics.backups, true),
+            ] {
+                if peers.is_null() {
+                    continue;
+                }
+                let side = Side::find(peers, statics, Vec::new());
+                all.extend(side.found.into_iter().zip(side.pointers).map(|(found, peer)| Spec {
+                    label: found.label,
+                    address: found.address,
+                    server: zone::server(peer),
+                    backup,
+                    attributes: found.attributes,
+                }));
+            }
+            all
+        }
+    }
+
     /// Makes the peers after the static ones those of `wanted`, in this order: all of it, or
     /// nothing.
     pub fn apply(&mut self, wanted: &[Spec]) -> Result<Change, Refused> {

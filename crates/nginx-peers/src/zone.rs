@@ -204,6 +204,17 @@ pub(crate) unsafe fn read<P: PeerAbi>(peer: *mut P) -> (Label, Option<SocketAddr
     }
 }
 
+/// The text of the peer's server.
+///
+/// # Safety
+///
+/// As [`read`].
+pub(crate) unsafe fn server<P: PeerAbi>(peer: *mut P) -> String {
+    // SAFETY: the caller's promise; the text does not change while the peer lives.
+    let text = unsafe { (*P::server(peer)).as_bytes() };
+    String::from_utf8_lossy(text).into_owned()
+}
+
 /// How many bytes the text of the server takes, with its label.
 fn server_len(spec: &Spec) -> usize {
     spec.server.len() + spec.label.encoded_len()

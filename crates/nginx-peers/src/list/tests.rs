@@ -12,6 +12,8 @@ struct Upstream {
     config: Box<usize>,
     primaries: Box<Peers>,
     backups: Option<Box<Peers>>,
+    // Boxed: they are linked to each other.
+    #[allow(clippy::vec_box)]
     statics: Vec<Box<Peer>>,
     list: List<Peers>,
     /// Requests under way: the peers they hold, which they free.
@@ -86,6 +88,7 @@ impl Upstream {
     /// Checks everything that can be seen of both lists against what was wanted.
     fn check(&self, wanted: &[Spec]) {
         assert!(doubles::unlocked());
+        assert_eq!(arrange(self.list.present()), wanted, "what another process would find");
         let of = |backup: bool| {
             let specs = wanted.iter().filter(move |spec| spec.backup == backup);
             specs.map(|s| (s.label.clone(), s.address, s.attributes)).collect::<Vec<_>>()

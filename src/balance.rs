@@ -1,0 +1,317 @@
+//! The outermost layer around an upstream's balancer, one per request.
+//!
+//! nginx makes a balancer answer "busy" to a request whose list of peers has changed since the
+//! request was initialised, at its first choice as well as at a retry, and busy means 502 though
+//! peers are alive. This layer sees the change and initialises the balancer again. The decisions
+//! are in [`nginx_peers::retry`]; here are the calls.
+//!
+//! A request is initialised again only in `get`: there it holds no peer, so nothing can leak. All
+//! callbacks that a balancer may set are passed on, because `peer.data` is ours and the balancer
+//! expects its own.
+
+use core::ffi::c_void;
+use core::{ptr, slice};
+
+use nginx_peers::retry::Attempts;
+use nginx_sys::{
+    NGX_BUSY, NGX_DONE, NGX_ERROR, NGX_OK, NGX_PEER_FAILED, NGX_PEER_NEXT, ngx_event_free_peer_pt,
+    ngx_event_get_peer_pt, ngx_event_notify_peer_pt, ngx_http_request_t,
+    ngx_http_upstream_rr_peers_t, ngx_http_upstream_srv_conf_t, ngx_int_t, ngx_palloc,
+    ngx_peer_connection_t, ngx_uint_t,
+};
+#[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
+
+use crate::conf::finish::server_conf;
+
+const OK: ngx_int_t = NGX_OK as ngx_int_t;
+const DONE: ngx_int_t = NGX_DONE as ngx_int_t;
+const BUSY: ngx_int_t = NGX_BUSY as ngx_int_t;
+const ERROR: ngx_int_t = NGX_ERROR as ngx_int_t;
+
+/// What a request's balancer set, and what the request has done with it.
+struct Balancer {
+    request: *mut ngx_http_request_t,
+    upstream: *mut ngx_http_upstream_srv_conf_t,
+    inner: Inner,
+    /// The list's change counter before the balancer was initialised.
+    config: ngx_uint_t,
+    attempts: Attempts,
+}
+
+/// The fields of `ngx_peer_connection_t` that a balancer fills in.
+#[derive(Clone, Copy)]
+struct Inner {
+    data: *mut c_void,
+    get: ngx_event_get_peer_pt,
+    free: ngx_event_free_peer_pt,
+    notify: ngx_event_notify_peer_pt,
+    #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+    set_session: ngx_event_set_peer_session_pt,
+    #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+    save_session: ngx_event_save_peer_session_pt,
+}
+
+/// `peer.init` of an upstream with `consul_upstream`.
+///
+/// # Safety
+///
+/// As nginx calls it: a request that has an upstream, and the upstream's configuration.
+pub unsafe extern "C" fn init_peer(
+    request: *mut ngx_http_request_t,
+    upstream: *mut ngx_http_upstream_srv_conf_t,
+) -> ngx_int_t {
+    // SAFETY: the request and its pool are live; the memory is written whole before it is used,
+    // and holds nothing that would have to be dropped.
+    unsafe {
+        let balancer: *mut Balancer = ngx_palloc((*request).pool, size_of::<Balancer>()).cast();
+        if balancer.is_null() {
+            return ERROR;
+        }
+        let request_upstream = (*request).upstream;
+        let limit = (*(*request_upstream).conf).next_upstream_tries;
+        let pc = &raw mut (*request_upstream).peer;
+        let (config, rc) = init_inner(pc, request, upstream);
+        if rc != OK {
+            return rc;
+        }
+        let (inner, attempts) = (Inner::of(pc), Attempts::new(limit));
+        balancer.write(Balancer { request, upstream, inner, config, attempts });
+        (*balancer).wrap(pc);
+        OK
+    }
+}
+
+/// Calls the balancer's own `peer.init`. Returns the change counter that it has seen at least.
+///
+/// # Safety
+///
+/// As [`init_peer`]; `pc` is the request's.
+unsafe fn init_inner(
+    pc: *mut ngx_peer_connection_t,
+    request: *mut ngx_http_request_t,
+    upstream: *mut ngx_http_upstream_srv_conf_t,
+) -> (ngx_uint_t, ngx_int_t) {
+    // SAFETY: `conf::finish` has replaced a callback that it kept in this configuration.
+    unsafe {
+        // Before: a change in between is then seen as one, and not missed.
+        let config = config_of(upstream);
+        // Round robin writes to what `data` points to as if it were its own.
+        (*pc).data = ptr::null_mut();
+        (*pc).notify = None;
+        let init = server_conf(upstream).and_then(|conf| (*conf).init_peer);
+        (config, init.map_or(ERROR, |init| init(request, upstream)))
+    }
+}
+
+/// The upstream's list.
+///
+/// # Safety
+///
+/// `upstream` is one with `consul_upstream`, of a configuration that is in use.
+unsafe fn list_of(
+    upstream: *mut ngx_http_upstream_srv_conf_t,
+) -> *mut ngx_http_upstream_rr_peers_t {
+    // SAFETY: all stock balancers keep their list there, and `conf::finish` has seen it.
+    unsafe { (*upstream).peer.data.cast() }
+}
+
+/// How often the upstream's list has changed.
+///
+/// # Safety
+///
+/// As [`list_of`].
+unsafe fn config_of(upstream: *mut ngx_http_upstream_srv_conf_t) -> ngx_uint_t {
+    // SAFETY: a list in a zone has a counter; another process may write it meanwhile, one word.
+    unsafe { (*list_of(upstream)).config.read_volatile() }
+}
+
+impl Inner {
+    /// # Safety
+    ///
+    /// `pc` was filled in by a balancer.
+    unsafe fn of(pc: *mut ngx_peer_connection_t) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self {
+                data: (*pc).data,
+                get: (*pc).get,
+                free: (*pc).free,
+                notify: (*pc).notify,
+                #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+                set_session: (*pc).set_session,
+                #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+                save_session: (*pc).save_session,
+            }
+        }
+    }
+}
+
+impl Balancer {
+    /// Puts our callbacks in the place of those that [`Inner::of`] has read.
+    ///
+    /// # Safety
+    ///
+    /// `pc` is the request's.
+    unsafe fn wrap(&mut self, pc: *mut ngx_peer_connection_t) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            (*pc).data = ptr::from_mut(self).cast();
+            (*pc).get = Some(get);
+            (*pc).free = Some(free);
+            (*pc).notify = self.inner.notify.map(|_| notify as _);
+            #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+            {
+                (*pc).set_session = self.inner.set_session.map(|_| set_session as _);
+                (*pc).save_session = self.inner.save_session.map(|_| save_session as _);
+            }
+        }
+    }
+
+    /// Whether the list has changed since the balancer was initialised.
+    fn list_changed(&self) -> bool {
+        // SAFETY: the upstream is that of a live request.
+        unsafe { config_of(self.upstream) != self.config }
+    }
+
+    /// Initialises the balancer again; the request holds no peer.
+    ///
+    /// # Safety
+    ///
+    /// `pc` is the request's.
+    unsafe fn restart(&mut self, pc: *mut ngx_peer_connection_t) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (config, rc) = init_inner(pc, self.request, self.upstream);
+            if rc == OK {
+                self.config = config;
+                self.inner = Inner::of(pc);
+                (*pc).tries = self.attempts.tries((*pc).tries);
+            }
+            // After an error, too: what the balancer left behind is not to be called.
+            self.wrap(pc);
+            rc == OK
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `pc` is the request's.
+    unsafe fn get(&mut self, pc: *mut ngx_peer_connection_t) -> ngx_int_t {
+        let mut skips = 0;
+        loop {
+            let Some(inner) = self.inner.get else { return ERROR };
+            // SAFETY: the balancer's own callback and data.
+            let rc = unsafe { inner(pc, self.inner.data) };
+            if rc == BUSY && self.attempts.restart(self.list_changed()) {
+                // SAFETY: the caller's promise; after "busy" no peer is held.
+                if !unsafe { self.restart(pc) } {
+                    return ERROR;
+                }
+                continue;
+            }
+            if rc != OK && rc != DONE {
+                return rc;
+            }
+            // SAFETY: the balancer has chosen, and the peer is held until `free`.
+            let address =
+                unsafe { slice::from_raw_parts((*pc).sockaddr.cast(), (*pc).socklen as usize) };
+            // A cached connection is another chance with a peer that was tried.
+            if rc == DONE || !self.attempts.was_tried(address) {
+                self.attempts.given(address);
+                return rc;
+            }
+            // SAFETY: the caller's promise; the peer that was given goes back.
+            unsafe {
+                let tries = (*pc).tries;
+                if let Some(free) = self.inner.free {
+                    free(pc, self.inner.data, NGX_PEER_NEXT as ngx_uint_t);
+                }
+                (*pc).tries = tries;
+                (*pc).sockaddr = ptr::null_mut();
+                if skips >= self.attempts.remembered() {
+                    (*pc).name = (*list_of(self.upstream)).name;
+                    return BUSY;
+                }
+            }
+            skips += 1;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `pc` is the request's, which holds a peer.
+    unsafe fn free(&mut self, pc: *mut ngx_peer_connection_t, state: ngx_uint_t) {
+        // SAFETY: the balancer's own callback and data; the list is that of a live request.
+        unsafe {
+            if let Some(inner) = self.inner.free {
+                inner(pc, self.inner.data, state);
+            }
+            let failed = state & NGX_PEER_FAILED as ngx_uint_t != 0;
+            if failed {
+                let list = list_of(self.upstream);
+                let backups = (*list).next;
+                let backups = if backups.is_null() { 0 } else { (*backups).number };
+                let peers = (*list).number + backups;
+                if self.attempts.one_more((*pc).tries, self.list_changed(), peers) {
+                    (*pc).tries = 1;
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As nginx calls it: `data` is what [`Balancer::wrap`] has set.
+unsafe extern "C" fn get(pc: *mut ngx_peer_connection_t, data: *mut c_void) -> ngx_int_t {
+    // SAFETY: this function's own contract; a request is worked at by one function at a time.
+    unsafe { (*data.cast::<Balancer>()).get(pc) }
+}
+
+/// # Safety
+///
+/// As [`get`].
+unsafe extern "C" fn free(pc: *mut ngx_peer_connection_t, data: *mut c_void, state: ngx_uint_t) {
+    // SAFETY: as in `get`.
+    unsafe { (*data.cast::<Balancer>()).free(pc, state) }
+}
+
+/// # Safety
+///
+/// As [`get`].
+unsafe extern "C" fn notify(pc: *mut ngx_peer_connection_t, data: *mut c_void, kind: ngx_uint_t) {
+    // SAFETY: as in `get`; set only where the balancer has one.
+    unsafe {
+        let inner = &(*data.cast::<Balancer>()).inner;
+        if let Some(notify) = inner.notify {
+            notify(pc, inner.data, kind);
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`get`].
+#[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+unsafe extern "C" fn set_session(pc: *mut ngx_peer_connection_t, data: *mut c_void) -> ngx_int_t {
+    // SAFETY: as in `get`; set only where the balancer has one.
+    unsafe {
+        let inner = &(*data.cast::<Balancer>()).inner;
+        inner.set_session.map_or(OK, |set_session| set_session(pc, inner.data))
+    }
+}
+
+/// # Safety
+///
+/// As [`get`].
+#[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
+unsafe extern "C" fn save_session(pc: *mut ngx_peer_connection_t, data: *mut c_void) {
+    // SAFETY: as in `get`; set only where the balancer has one.
+    unsafe {
+        let inner = &(*data.cast::<Balancer>()).inner;
+        if let Some(save_session) = inner.save_session {
+            save_session(pc, inner.data);
+        }
+    }
+}

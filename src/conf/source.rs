@@ -1,0 +1,203 @@
+//! `consul_upstream SERVICE [parameter …];`
+
+use core::ffi::c_void;
+
+use consul_watch::error::printable;
+use consul_watch::query::text;
+use consul_watch::{Health, Query, Selection};
+use nginx_peers::spec::Attributes;
+use nginx_sys::{
+    AF_INET, ngx_addr_t, ngx_array_push, ngx_atoi, ngx_conf_t, ngx_http_upstream_server_t,
+    ngx_parse_time, ngx_pcalloc, ngx_str_t, sockaddr, sockaddr_in,
+};
+
+use super::ServerConf;
+use crate::conf::finish::upstream_of;
+
+/// One `consul_upstream` line.
+pub struct Source {
+    /// What Consul is asked for.
+    pub query: Query,
+    /// Which of the instances serve.
+    pub selection: Selection,
+    /// Attributes of all of them; the weight is the instance's own.
+    pub attributes: Attributes,
+    /// They are backups.
+    pub backup: bool,
+    /// Where the line stands, for errors that show only when all is known.
+    pub place: Place,
+}
+
+/// A line of a configuration file.
+pub struct Place {
+    pub file: String,
+    pub line: usize,
+}
+
+impl Source {
+    /// Whether another line asks for the same instances.
+    fn repeats(&self, other: &Self) -> bool {
+        self.query == other.query && self.selection.health == other.selection.health && {
+            let sorted = |source: &Self| {
+                let mut tags = source.selection.tags.clone();
+                tags.sort();
+                tags
+            };
+            sorted(self) == sorted(other)
+        }
+    }
+}
+
+/// Reads a line.
+///
+/// # Safety
+///
+/// Called by [`super::set`] for a command whose configuration is a [`ServerConf`], inside an
+/// upstream block.
+pub unsafe fn add(
+    cf: *mut ngx_conf_t,
+    args: &[ngx_str_t],
+    conf: *mut c_void,
+) -> Result<(), String> {
+    // SAFETY: this function's own contract; nobody else uses the configuration meanwhile.
+    let conf = unsafe { &mut *conf.cast::<ServerConf>() };
+    let (service, parameters) = args.split_first().ok_or("no service")?;
+    let mut source = read(service, parameters)?;
+    // SAFETY: nginx fills in the file that it reads.
+    source.place = unsafe {
+        let file = (*cf).conf_file;
+        Place { file: (*file).file.name.to_string(), line: (*file).line }
+    };
+    if conf.sources.iter().any(|other| other.repeats(&source)) {
+        return Err(format!(
+            "duplicate query for service \"{}\"",
+            printable(service.as_bytes(), 200)
+        ));
+    }
+    conf.sources.push(source);
+    if conf.placeholder.is_none() {
+        // SAFETY: as above.
+        conf.placeholder = Some(unsafe { push_placeholder(cf) }.ok_or("no memory")?);
+    }
+    Ok(())
+}
+
+fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String> {
+    let shown = || printable(service.as_bytes(), 200);
+    if service.as_bytes().contains(&b'$') {
+        return Err(format!("service \"{}\" holds \"$\", variables are not supported", shown()));
+    }
+
+    let mut datacenter = None;
+    let mut selection = Selection::default();
+    let mut attributes = Attributes::default();
+    let mut backup = false;
+    let mut seen: Vec<&[u8]> = Vec::new();
+
+    for parameter in parameters {
+        let invalid = || format!("invalid parameter \"{}\"", printable(parameter.as_bytes(), 200));
+        let bytes = parameter.as_bytes();
+        let (name, value) = match bytes.iter().position(|b| *b == b'=') {
+            Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
+            None => (bytes, None),
+        };
+        if name != b"tag" {
+            if seen.contains(&name) {
+                return Err(format!(
+                    "duplicate parameter \"{}\"",
+                    printable(parameter.as_bytes(), 200)
+                ));
+            }
+            seen.push(name);
+        }
+        match (name, value) {
+            (b"tag", Some(value)) => {
+                selection.tags.push(text(value).map_err(|_| invalid())?.to_owned());
+            }
+            (b"health", Some(value)) => {
+                selection.health = match value {
+                    b"passing" => Health::Passing,
+                    b"warning" => Health::Warning,
+                    b"any" => Health::Any,
+                    _ => return Err(invalid()),
+                };
+            }
+            (b"dc", Some(value)) => {
+                datacenter = Some(text(value).map_err(|_| invalid())?);
+            }
+            (b"weight", Some(value)) => {
+                let weight = number(value).filter(|weight| *weight > 0).ok_or_else(invalid)?;
+                selection.weight = Some(weight);
+            }
+            (b"max_conns", Some(value)) => {
+                attributes.max_conns = number(value).ok_or_else(invalid)?;
+            }
+            (b"max_fails", Some(value)) => {
+                attributes.max_fails = number(value).ok_or_else(invalid)?;
+            }
+            (b"fail_timeout", Some(value)) => {
+                attributes.fail_timeout = seconds(value).ok_or_else(invalid)?;
+            }
+            (b"backup", None) => backup = true,
+            _ => return Err(invalid()),
+        }
+    }
+
+    let query = text(service.as_bytes())
+        .and_then(|service| Query::new(service, datacenter))
+        .map_err(|err| format!("service \"{}\" {err}", shown()))?;
+    let place = Place { file: String::new(), line: 0 };
+    Ok(Source { query, selection, attributes, backup, place })
+}
+
+/// A number as nginx's `server` takes it, within 31 bits.
+fn number(value: &[u8]) -> Option<u32> {
+    // SAFETY: the function reads as many bytes as it is told.
+    let number = unsafe { ngx_atoi(value.as_ptr().cast_mut(), value.len()) };
+    i32::try_from(number).ok().and_then(|number| u32::try_from(number).ok())
+}
+
+/// A time as nginx's `server` takes it.
+fn seconds(value: &[u8]) -> Option<u32> {
+    let mut value = ngx_str_t { len: value.len(), data: value.as_ptr().cast_mut() };
+    // SAFETY: the function reads the text alone.
+    let seconds = unsafe { ngx_parse_time(&mut value, 1) };
+    i32::try_from(seconds).ok().and_then(|seconds| u32::try_from(seconds).ok())
+}
+
+/// nginx refuses an upstream without servers: this one stands in until the balancer has made its
+/// list, and is taken out again by [`super::finish()`]. It is known by its address' place in memory.
+///
+/// # Safety
+///
+/// `cf` is the context inside an upstream block.
+unsafe fn push_placeholder(cf: *mut ngx_conf_t) -> Option<*mut sockaddr> {
+    const NAME: &str = "consul";
+    // SAFETY: all is allocated in the configuration's pool and filled in before nginx sees it;
+    // zero is valid for all of these types.
+    unsafe {
+        let pool = (*cf).pool;
+        let server: *mut ngx_http_upstream_server_t =
+            ngx_array_push((*upstream_of(cf)).servers).cast();
+        if server.is_null() {
+            return None;
+        }
+        *server = core::mem::zeroed();
+        let address: *mut ngx_addr_t = ngx_pcalloc(pool, size_of::<ngx_addr_t>()).cast();
+        let sockaddr: *mut sockaddr_in = ngx_pcalloc(pool, size_of::<sockaddr_in>()).cast();
+        if address.is_null() || sockaddr.is_null() {
+            return None;
+        }
+        (*sockaddr).sin_family = AF_INET as _;
+        let name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
+        (*address).sockaddr = sockaddr.cast();
+        (*address).socklen = size_of::<sockaddr_in>() as _;
+        (*address).name = name;
+        (*server).name = name;
+        (*server).addrs = address;
+        (*server).naddrs = 1;
+        (*server).weight = 1;
+        (*server).down = 1;
+        Some(sockaddr.cast())
+    }
+}

@@ -1,0 +1,77 @@
+//! An nginx dynamic module that keeps an upstream's peers in step with a Consul service.
+//!
+//! This crate is the http module, and thin: the tables that nginx reads, directives to settings
+//! ([`conf`]), the life of a worker ([`process`]), and the layer around the balancers
+//! ([`balance`]). Consul is the business of the crate consul-watch, the peer list in shared
+//! memory that of nginx-peers.
+
+use core::ptr;
+
+use nginx_sys::{
+    NGX_HTTP_MODULE, ngx_conf_t, ngx_http_module_t, ngx_int_t, ngx_module_t, ngx_uint_t,
+};
+use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
+
+mod balance;
+mod conf;
+mod guard;
+mod log;
+mod process;
+
+/// The module, as the traits of the crate ngx know it.
+struct ConsulUpstream;
+
+static CONTEXT: ngx_http_module_t = ngx_http_module_t {
+    preconfiguration: None,
+    postconfiguration: Some(ConsulUpstream::postconfiguration),
+    create_main_conf: Some(ConsulUpstream::create_main_conf),
+    init_main_conf: None,
+    create_srv_conf: Some(ConsulUpstream::create_srv_conf),
+    merge_srv_conf: None,
+    create_loc_conf: None,
+    merge_loc_conf: None,
+};
+
+ngx::ngx_modules!(ngx_http_consul_upstream_module);
+
+/// What `load_module` looks for.
+#[used]
+#[allow(non_upper_case_globals)]
+pub static mut ngx_http_consul_upstream_module: ngx_module_t = ngx_module_t {
+    ctx: ptr::addr_of!(CONTEXT).cast_mut().cast(),
+    commands: ptr::addr_of_mut!(conf::COMMANDS).cast(),
+    type_: NGX_HTTP_MODULE as ngx_uint_t,
+
+    init_master: None,
+    init_module: Some(process::init_module),
+    init_process: Some(process::init_process),
+    init_thread: None,
+    exit_thread: None,
+    exit_process: Some(process::exit_process),
+    exit_master: None,
+
+    ..ngx_module_t::default()
+};
+
+// SAFETY: create_main_conf of the trait allocates this type.
+unsafe impl HttpModuleMainConf for ConsulUpstream {
+    type MainConf = conf::MainConf;
+}
+
+// SAFETY: create_srv_conf of the trait allocates this type.
+unsafe impl HttpModuleServerConf for ConsulUpstream {
+    type ServerConf = conf::ServerConf;
+}
+
+impl HttpModule for ConsulUpstream {
+    fn module() -> &'static ngx_module_t {
+        // SAFETY: nginx writes the module's numbers before it calls any of its functions, and
+        // never after.
+        unsafe { &*ptr::addr_of!(ngx_http_consul_upstream_module) }
+    }
+
+    unsafe extern "C" fn postconfiguration(cf: *mut ngx_conf_t) -> ngx_int_t {
+        // SAFETY: nginx passes the http block's context.
+        unsafe { conf::finish(cf) }
+    }
+}

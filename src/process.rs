@@ -1,0 +1,129 @@
+//! The life of a worker: who follows Consul, how a change gets from its thread to nginx's, and how
+//! both end.
+//!
+//! The first worker of a generation runs the consul thread ([`thread`]) and edits the lists of all
+//! upstreams ([`apply`]); the others read them. Between the two threads stands a [`handoff`]. The
+//! [`gate`] holds new workers back until the first answers are there.
+//!
+//! Everything here but [`thread`] runs on nginx's main thread.
+
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, Ordering};
+
+use nginx_sys::{
+    NGX_LOG_CRIT, NGX_OK, NGX_PROCESS_SINGLE, NGX_PROCESS_WORKER, ngx_cycle_t, ngx_int_t,
+    ngx_process, ngx_uint_t, ngx_worker,
+};
+use ngx::http::HttpModuleMainConf;
+
+use self::apply::Applier;
+pub use self::gate::add as add_gate;
+use crate::conf::MainConf;
+use crate::guard::guard;
+use crate::{ConsulUpstream, log};
+
+mod apply;
+mod gate;
+mod handoff;
+mod thread;
+
+/// This process' part in following Consul; null in most processes.
+static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
+
+/// Called in the master after each reading of the configuration, and by `nginx -t`: nothing is
+/// started there. In single-process mode a reload comes by here and nowhere else: the thread that
+/// followed the old configuration is replaced.
+///
+/// # Safety
+///
+/// As nginx calls it.
+pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+    guard("a reload", (), || {
+        if !APPLIER.load(Ordering::Relaxed).is_null() {
+            // SAFETY: the cycle is nginx's new one; its configuration is complete.
+            unsafe {
+                stop();
+                start(cycle);
+            }
+        }
+    });
+    NGX_OK as ngx_int_t
+}
+
+/// Called in every new process. An error would end the worker for good, so none is returned.
+///
+/// # Safety
+///
+/// As nginx calls it.
+pub unsafe extern "C" fn init_process(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+    guard("the start of a worker", (), || {
+        // SAFETY: the cycle is nginx's; the variables are written before this call.
+        unsafe {
+            if ngx_process == NGX_PROCESS_WORKER as ngx_uint_t
+                || ngx_process == NGX_PROCESS_SINGLE as ngx_uint_t
+            {
+                start(cycle);
+            }
+        }
+    });
+    NGX_OK as ngx_int_t
+}
+
+/// Called at the end of every process. The module is unmapped right after: no thread of it may be
+/// left.
+///
+/// # Safety
+///
+/// As nginx calls it.
+pub unsafe extern "C" fn exit_process(_cycle: *mut ngx_cycle_t) {
+    // SAFETY: nginx's main thread.
+    guard("the end of a worker", (), || unsafe { stop() });
+}
+
+/// # Safety
+///
+/// On nginx's main thread, in a worker or the single process, with a complete cycle.
+unsafe fn start(cycle: *mut ngx_cycle_t) {
+    // SAFETY: nginx's main thread is the only one that runs this, and the cycle outlives the
+    // applier: `stop` comes before its end.
+    unsafe {
+        let Some(main) = main_conf(cycle) else { return };
+        if main.upstreams.is_empty() {
+            return;
+        }
+        if ngx_worker != 0 {
+            gate::wait(main);
+            return;
+        }
+        match Applier::start(main) {
+            Ok(applier) => {
+                let applier = Box::into_raw(applier);
+                APPLIER.store(applier, Ordering::Relaxed);
+                gate::wait_and_open(main, &mut *applier);
+            }
+            Err(err) => {
+                log::cycle(NGX_LOG_CRIT, format_args!("consul: cannot start: {err}"));
+                gate::open(main);
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// On nginx's main thread.
+unsafe fn stop() {
+    let applier = APPLIER.swap(ptr::null_mut(), Ordering::Relaxed);
+    if !applier.is_null() {
+        // SAFETY: `start` made it of a box, and nobody but this thread has it.
+        drop(unsafe { Box::from_raw(applier) });
+    }
+}
+
+/// # Safety
+///
+/// `cycle` is complete.
+unsafe fn main_conf(cycle: *mut ngx_cycle_t) -> Option<&'static MainConf> {
+    // SAFETY: a cycle without an http block has no configuration of ours, which is `None`.
+    unsafe { ConsulUpstream::main_conf(&*cycle) }
+}

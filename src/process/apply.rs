@@ -1,0 +1,320 @@
+//! nginx's thread of the first worker: takes sets from the consul thread and edits the lists.
+
+use core::ffi::c_int;
+use core::{fmt, ptr};
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nginx_peers::list::Refused;
+use nginx_peers::{Change, Changed, List};
+use nginx_sys::{
+    NGX_LOG_CRIT, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_OK, ngx_close_connection, ngx_connection_t,
+    ngx_cycle, ngx_event_t, ngx_get_connection, ngx_handle_read_event,
+    ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
+};
+
+use super::handoff::{Handoff, Note, Update};
+use super::thread::Thread;
+use crate::conf::{self, MainConf};
+use crate::guard::guard;
+use crate::log;
+
+/// How many instances a line about a change names: nginx cuts lines at 2,048 bytes.
+const NAMED: usize = 8;
+
+/// How often a set that did not fit is tried again: requests end, and other upstreams of the zone
+/// shrink.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The same complaint about an upstream is not logged again within this time.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// Everything that the first worker has for following Consul. Dropped, it leaves no thread, no
+/// descriptor and no timer behind.
+pub struct Applier {
+    upstreams: Vec<Upstream>,
+    handoff: Arc<Handoff>,
+    /// The eventfd, as nginx's event loop sees it; null until it is added.
+    connection: *mut ngx_connection_t,
+    retry: Box<ngx_event_t>,
+    /// Ended, and joined, when this is dropped.
+    thread: Option<Thread>,
+}
+
+/// One upstream's list, and what happened to it.
+struct Upstream {
+    name: String,
+    zone: String,
+    list: List<ngx_http_upstream_rr_peers_t>,
+    /// All lines have had an answer.
+    answered: bool,
+    /// A set that was refused, until it fits or another one comes.
+    pending: Option<Update>,
+    complained: Option<Instant>,
+}
+
+impl Applier {
+    /// Starts the consul thread.
+    ///
+    /// # Safety
+    ///
+    /// On nginx's main thread, once the event loop can take connections; `main` and its upstreams
+    /// outlive the value, and this process is the only one that edits their lists.
+    pub unsafe fn start(main: &MainConf) -> io::Result<Box<Self>> {
+        // SAFETY: the zone module has put the lists into their zones before any worker starts,
+        // and each begins with the static servers that `conf::finish` has counted. Zero is valid
+        // for an event.
+        let (upstreams, retry) = unsafe {
+            let upstreams: Vec<_> = main.upstreams.iter().map(|conf| Upstream::new(conf)).collect();
+            (upstreams, Box::new(core::mem::zeroed::<ngx_event_t>()))
+        };
+        let present = upstreams.iter().map(|upstream| upstream.list.present()).collect();
+        let handoff = Arc::new(Handoff::new(present)?);
+        let mut applier = Box::new(Self {
+            upstreams,
+            handoff: handoff.clone(),
+            connection: ptr::null_mut(),
+            retry,
+            thread: None,
+        });
+        // SAFETY: the box gives the value an address for the time that nginx knows it.
+        unsafe { applier.listen()? };
+        applier.thread = Some(Thread::start(main, handoff)?);
+        Ok(applier)
+    }
+
+    /// Adds the eventfd and the timer to nginx's event loop.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::start`]; the value does not move from now on.
+    unsafe fn listen(&mut self) -> io::Result<()> {
+        let this: *mut Self = self;
+        // SAFETY: the connection is nginx's and stays ours until it is closed. nginx treats it
+        // like the channel to the master: idle, so that a graceful exit does not wait for it, and
+        // `channel`, so that an open one is no leak in its eyes.
+        unsafe {
+            let log = (*ngx_cycle).log;
+            let fd = self.handoff.duplicate()?;
+            let connection = ngx_get_connection(fd.as_raw_fd(), log);
+            if connection.is_null() {
+                return Err(io::Error::other("no connection is free"));
+            }
+            // nginx closes it with the connection.
+            let _ = fd.into_raw_fd();
+            self.connection = connection;
+            (*connection).data = this.cast();
+            (*connection).log = log;
+            (*connection).set_idle(1);
+            let read = (*connection).read;
+            (*read).log = log;
+            (*read).handler = Some(on_wake);
+            (*read).set_channel(1);
+            (*(*connection).write).log = log;
+            if ngx_handle_read_event(read, 0) != NGX_OK as ngx_int_t {
+                return Err(io::Error::other("the eventfd cannot be added to the event loop"));
+            }
+
+            self.retry.data = this.cast();
+            self.retry.log = log;
+            self.retry.handler = Some(on_retry);
+            // A graceful exit does not wait for it.
+            self.retry.set_cancelable(1);
+        }
+        Ok(())
+    }
+
+    /// Whether every upstream has had its first answers.
+    pub fn all_answered(&self) -> bool {
+        self.upstreams.iter().all(|upstream| upstream.answered)
+    }
+
+    /// The upstreams that have not.
+    pub fn unanswered(&self) -> impl Iterator<Item = &str> {
+        self.upstreams.iter().filter(|upstream| !upstream.answered).map(|u| u.name.as_str())
+    }
+
+    /// Waits for something to take, outside of the event loop, and takes it. A signal ends the
+    /// wait, too.
+    pub fn wait(&mut self, at_most: Duration) {
+        let mut poll = libc::pollfd { fd: self.handoff.fd(), events: libc::POLLIN, revents: 0 };
+        // Rounded up: the rest of a millisecond would be a busy loop.
+        let ms = c_int::try_from(at_most.as_millis()).unwrap_or(c_int::MAX).saturating_add(1);
+        // SAFETY: one descriptor, which is open.
+        unsafe { libc::poll(&mut poll, 1, ms) };
+        self.take();
+    }
+
+    /// Takes what the consul thread has given, and applies it.
+    fn take(&mut self) {
+        let upstreams = &mut self.upstreams;
+        self.handoff.take(
+            |Note { level, text }| log::cycle(level, format_args!("{text}")),
+            |number, update| {
+                if let Some(upstream) = upstreams.get_mut(number) {
+                    upstream.apply(update);
+                }
+            },
+        );
+        self.schedule_retry();
+    }
+
+    fn retry_pending(&mut self) {
+        for upstream in &mut self.upstreams {
+            if let Some(update) = upstream.pending.take() {
+                upstream.apply(update);
+            }
+        }
+        self.schedule_retry();
+    }
+
+    fn schedule_retry(&mut self) {
+        let pending = self.upstreams.iter().any(|upstream| upstream.pending.is_some());
+        if pending && self.retry.timer_set() == 0 {
+            // SAFETY: the event is in a box, and removed before that goes.
+            unsafe { nginx_sys::ngx_add_timer(&mut *self.retry, RETRY.as_millis() as ngx_msec_t) };
+        }
+    }
+}
+
+impl Drop for Applier {
+    fn drop(&mut self) {
+        // First: nobody writes to the eventfd after that.
+        drop(self.thread.take());
+        // SAFETY: both were added by `listen`, on this thread.
+        unsafe {
+            if self.retry.timer_set() != 0 {
+                nginx_sys::ngx_del_timer(&mut *self.retry);
+            }
+            if !self.connection.is_null() {
+                ngx_close_connection(self.connection);
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As nginx calls it: an event of the connection of an [`Applier`] that is alive.
+unsafe extern "C" fn on_wake(event: *mut ngx_event_t) {
+    guard("taking a change", (), || {
+        // SAFETY: this function's own contract. A graceful exit calls it once with `close` set,
+        // for all idle connections: ours stays, as long as requests are served.
+        unsafe {
+            let connection: *mut ngx_connection_t = (*event).data.cast();
+            let applier: *mut Applier = (*connection).data.cast();
+            (*applier).take();
+            if ngx_handle_read_event(event, 0) != NGX_OK as ngx_int_t {
+                log::cycle(NGX_LOG_CRIT, format_args!("consul: the eventfd is lost"));
+            }
+        }
+    });
+}
+
+/// # Safety
+///
+/// As nginx calls it: the timer of an [`Applier`] that is alive.
+unsafe extern "C" fn on_retry(event: *mut ngx_event_t) {
+    // SAFETY: this function's own contract.
+    guard("trying a change again", (), || unsafe {
+        (*(*event).data.cast::<Applier>()).retry_pending();
+    });
+}
+
+impl Upstream {
+    /// # Safety
+    ///
+    /// As [`Applier::start`].
+    unsafe fn new(conf: &conf::Upstream) -> Self {
+        // SAFETY: the caller's promise.
+        let list = unsafe {
+            let primaries: *mut ngx_http_upstream_rr_peers_t = (*conf.nginx).peer.data.cast();
+            // A full zone is our line to write, with the size that would do.
+            (*(*primaries).shpool).set_log_nomem(0);
+            List::new(primaries, conf.statics)
+        };
+        Self {
+            name: conf.name.clone(),
+            zone: conf.zone.clone(),
+            list,
+            answered: false,
+            pending: None,
+            complained: None,
+        }
+    }
+
+    fn apply(&mut self, update: Update) {
+        let first = update.complete && !self.answered;
+        self.answered |= update.complete;
+        match self.list.apply(&update.specs) {
+            Ok(change) => {
+                self.complained = None;
+                if first || !change.is_empty() {
+                    let (name, serve) = (&self.name, update.specs.len());
+                    let Update { registered, index, .. } = update;
+                    let change = Described(&change);
+                    log::cycle(
+                        NGX_LOG_NOTICE,
+                        format_args!(
+                            "consul: upstream \"{name}\":{change} {serve} of {registered} \
+                             instances serve, index {index}"
+                        ),
+                    );
+                }
+            }
+            Err(refused) => {
+                if self.complained.is_none_or(|at| at.elapsed() >= REPEAT) {
+                    self.complained = Some(Instant::now());
+                    self.complain(refused);
+                }
+                self.pending = Some(update);
+            }
+        }
+    }
+
+    fn complain(&self, refused: Refused) {
+        let (name, zone) = (&self.name, &self.zone);
+        match refused {
+            Refused::Full(full) => log::cycle(
+                NGX_LOG_ERR,
+                format_args!(
+                    "consul: upstream \"{name}\": zone \"{zone}\" of {}k is full, the old set \
+                     stays; \"zone {zone} {}k\" would do",
+                    full.size.div_ceil(1024),
+                    full.needed
+                ),
+            ),
+            other => log::cycle(
+                NGX_LOG_ERR,
+                format_args!("consul: upstream \"{name}\": {other}, the old set stays"),
+            ),
+        }
+    }
+}
+
+/// A change, as the log tells it: `+` for new ones, `-` for those that went, `~` for other
+/// attributes.
+struct Described<'a>(&'a Change);
+
+impl fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Change { added, removed, changed, .. } = self.0;
+        let all = [('+', added), ('-', removed), ('~', changed)];
+        let all = all.iter().flat_map(|(sign, all)| all.iter().map(move |one| (sign, one)));
+        let mut rest = 0;
+        for (n, (sign, Changed { address, label })) in all.enumerate() {
+            if n < NAMED {
+                write!(f, " {sign}{address} ({label})")?;
+            } else {
+                rest += 1;
+            }
+        }
+        match rest {
+            0 if self.0.is_empty() => Ok(()),
+            0 => f.write_str(","),
+            rest => write!(f, " and {rest} more,"),
+        }
+    }
+}

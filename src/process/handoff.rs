@@ -1,0 +1,153 @@
+//! What the consul thread gives to nginx's thread: the latest set of each upstream, and lines for
+//! the log. Nothing here waits, but the consul thread for its set to be taken.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nginx_peers::Spec;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+/// Lines that are kept while nginx's thread is busy; later ones are counted.
+const NOTES: usize = 256;
+
+/// A set for one upstream.
+#[derive(Clone, Debug)]
+pub struct Update {
+    /// The peers, in order.
+    pub specs: Arc<Vec<Spec>>,
+    /// How many instances Consul has registered.
+    pub registered: usize,
+    /// Consul's index.
+    pub index: u64,
+    /// All lines of the upstream have had an answer.
+    pub complete: bool,
+}
+
+/// A line for nginx's log.
+#[derive(Debug)]
+pub struct Note {
+    /// `NGX_LOG_…`
+    pub level: u32,
+    pub text: String,
+}
+
+/// What both threads hold.
+pub struct Handoff {
+    slots: Vec<Mutex<Slot>>,
+    notes: Mutex<(VecDeque<Note>, usize)>,
+    wake: File,
+    /// Sets given.
+    given: AtomicU64,
+    /// Of those, taken and applied, or kept for another attempt.
+    taken: watch::Sender<u64>,
+}
+
+/// An upstream's place: the latest wins.
+#[derive(Default)]
+struct Slot {
+    update: Option<Update>,
+    /// The set given last, for a thread that has to start over.
+    last: Arc<Vec<Spec>>,
+}
+
+impl Handoff {
+    /// One slot for each upstream, with the peers that it has.
+    pub fn new(present: Vec<Vec<Spec>>) -> io::Result<Self> {
+        // SAFETY: no pointer is passed; the descriptor that comes back is nobody else's.
+        let wake = unsafe {
+            match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
+                -1 => return Err(io::Error::last_os_error()),
+                fd => File::from_raw_fd(fd),
+            }
+        };
+        let slots = present
+            .into_iter()
+            .map(|specs| Mutex::new(Slot { update: None, last: Arc::new(specs) }))
+            .collect();
+        Ok(Self {
+            slots,
+            notes: Mutex::default(),
+            wake,
+            given: AtomicU64::new(0),
+            taken: watch::Sender::new(0),
+        })
+    }
+
+    /// The descriptor that is readable when there is something to take.
+    pub fn fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    /// A duplicate of it, for who closes what it is given.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        Ok(self.wake.try_clone()?.into())
+    }
+
+    /// Gives a set, and returns when nginx's thread has taken it over.
+    pub async fn give(&self, upstream: usize, update: Update) {
+        let mut taken = self.taken.subscribe();
+        if let Some(slot) = self.slots.get(upstream) {
+            let mut slot = slot.lock();
+            slot.last = update.specs.clone();
+            slot.update = Some(update);
+        }
+        let number = self.given.fetch_add(1, Ordering::AcqRel) + 1;
+        self.wake();
+        // The sender lives as long as `self`: there is no error.
+        let _ = taken.wait_for(|taken| *taken >= number).await;
+    }
+
+    /// The set given last, or what the upstream had before.
+    pub fn last(&self, upstream: usize) -> Arc<Vec<Spec>> {
+        self.slots.get(upstream).map(|slot| slot.lock().last.clone()).unwrap_or_default()
+    }
+
+    /// Leaves a line for the log.
+    pub fn note(&self, level: u32, text: String) {
+        let mut notes = self.notes.lock();
+        if notes.0.len() < NOTES {
+            notes.0.push_back(Note { level, text });
+        } else {
+            notes.1 += 1;
+        }
+        drop(notes);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // It cannot fail but with a counter that is full, and then nginx's thread is awake.
+        let _ = (&self.wake).write(&1u64.to_ne_bytes());
+    }
+
+    /// Takes everything, on nginx's thread: lines first, then sets; a set whose application is to
+    /// be tried again stays with who takes it.
+    pub fn take(&self, mut note: impl FnMut(Note), mut apply: impl FnMut(usize, Update)) {
+        loop {
+            match (&self.wake).read(&mut [0; 8]) {
+                Err(err) if err.kind() == ErrorKind::Interrupted => continue,
+                _ => break,
+            }
+        }
+        // Before the slots: all sets up to this number are in them.
+        let given = self.given.load(Ordering::Acquire);
+        let (notes, lost) = std::mem::take(&mut *self.notes.lock());
+        notes.into_iter().for_each(&mut note);
+        if lost > 0 {
+            let text = format!("consul: {lost} more lines were dropped");
+            note(Note { level: nginx_sys::NGX_LOG_WARN, text });
+        }
+        for (upstream, slot) in self.slots.iter().enumerate() {
+            // The lock is not held while the set is applied.
+            let update = slot.lock().update.take();
+            if let Some(update) = update {
+                apply(upstream, update);
+            }
+        }
+        self.taken.send_replace(given);
+    }
+}
