@@ -1,0 +1,117 @@
+//! Where the binaries are that the tests run: as the environment says, else where the build put
+//! them.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::SystemTime;
+
+/// The file that the build makes of the module.
+pub const MODULE_FILE: &str = "libngx_http_consul_upstream_module.so";
+
+/// The name under which packages and configurations know the module.
+pub const MODULE_NAME: &str = "ngx_http_consul_upstream_module.so";
+
+/// Cargo's target directory, in which this executable is.
+pub fn build_dir() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        // Cargo marks the top of its target directory with this file; builds for a named target
+        // lie one level deeper than others, so counting levels would not do.
+        let profile = profile_dir();
+        profile
+            .ancestors()
+            .find(|dir| dir.join("CACHEDIR.TAG").exists())
+            .or(profile.parent())
+            .expect("an executable of cargo's lies in its target directory")
+            .to_owned()
+    })
+}
+
+/// The directory of this build's profile, as target/release: tests are in its `deps`, examples
+/// in its `examples`, and the module right in it.
+fn profile_dir() -> PathBuf {
+    let exe = env::current_exe().expect("the path of this executable");
+    let dir = exe.parent().expect("an executable lies in a directory");
+    match dir.file_name().and_then(|name| name.to_str()) {
+        Some("deps" | "examples") => dir.parent().unwrap_or(dir).to_owned(),
+        _ => dir.to_owned(),
+    }
+}
+
+/// The module: `MODULE_SO`, else this build's.
+pub fn module() -> Result<PathBuf, String> {
+    if let Some(path) = from_env("MODULE_SO")? {
+        return Ok(path);
+    }
+    let path = profile_dir().join(MODULE_FILE);
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(format!("there is no module at {}: run `make build`, or set MODULE_SO", path.display()))
+    }
+}
+
+/// The nginx: `NGINX_BIN`, else the newest that this build has made from source.
+pub fn nginx() -> Result<PathBuf, String> {
+    if let Some(path) = from_env("NGINX_BIN")? {
+        return Ok(path);
+    }
+    let builds = profile_dir().join("build");
+    let age = |path: &PathBuf| -> SystemTime {
+        fs::metadata(path).and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+    };
+    fs::read_dir(&builds)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok())
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("nginx-sys-"))
+        .map(|entry| entry.path().join("out/objs/nginx"))
+        .filter(|path| path.exists())
+        .max_by_key(age)
+        .ok_or_else(|| {
+            format!(
+                "there is no nginx under {}: run `make build`, or set NGINX_BIN",
+                builds.display()
+            )
+        })
+}
+
+/// The Consul: `CONSUL_BIN`, else the one on the PATH, else the one in the build directory.
+pub fn consul() -> Result<PathBuf, String> {
+    if let Some(path) = from_env("CONSUL_BIN")? {
+        return Ok(path);
+    }
+    let on_path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&on_path)
+        .map(|dir| dir.join("consul"))
+        .chain([build_dir().join("consul/consul")])
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            "there is no consul on the PATH nor in the build directory: run \
+             `scripts/fetch-consul`, which unpacks Debian's package there, or set CONSUL_BIN to the path of a consul binary"
+                .into()
+        })
+}
+
+fn from_env(name: &str) -> Result<Option<PathBuf>, String> {
+    match env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from) {
+        Some(path) if !path.exists() => {
+            Err(format!("{name} is {}, and there is nothing there", path.display()))
+        }
+        found => Ok(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_directory_is_above_this_test() {
+        let exe = env::current_exe().unwrap();
+        assert!(exe.starts_with(profile_dir()), "{}", exe.display());
+        assert!(profile_dir().starts_with(build_dir()));
+    }
+}
