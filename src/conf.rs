@@ -84,7 +84,27 @@ pub struct ServerConf {
     pub init_peer: ngx_http_upstream_init_peer_pt,
 }
 
-type Handler = unsafe fn(*mut ngx_conf_t, &[ngx_str_t], *mut c_void) -> Result<(), String>;
+type Handler = unsafe fn(*mut ngx_conf_t, &[ngx_str_t], *mut c_void) -> Result<(), Fault>;
+
+/// What is wrong with a line.
+enum Fault {
+    /// A sentence of its own.
+    Line(String),
+    /// What nginx says after `"NAME" directive`.
+    Directive(String),
+}
+
+impl From<String> for Fault {
+    fn from(text: String) -> Self {
+        Self::Line(text)
+    }
+}
+
+impl From<&str> for Fault {
+    fn from(text: &str) -> Self {
+        Self::Line(text.into())
+    }
+}
 
 /// Calls a directive's handler with its arguments, and logs what it finds wrong.
 ///
@@ -104,14 +124,19 @@ unsafe extern "C" fn set(
             let handler = *(*command).post.cast::<Handler>();
             handler(cf, args.get(1..).unwrap_or_default(), conf)
         };
-        match result {
-            Ok(()) => NGX_CONF_OK,
-            Err(text) => {
-                // SAFETY: `cf` is nginx's.
-                unsafe { log::directive(NGX_LOG_EMERG, cf, format_args!("{text}")) };
-                NGX_CONF_ERROR
+        let Err(fault) = result else { return NGX_CONF_OK };
+        // SAFETY: `cf` and the command are nginx's.
+        unsafe {
+            match fault {
+                Fault::Line(text) => log::directive(NGX_LOG_EMERG, cf, format_args!("{text}")),
+                Fault::Directive(text) => {
+                    let name = (*command).name;
+                    let line = format_args!("\"{name}\" directive {text}");
+                    log::directive(NGX_LOG_EMERG, cf, line);
+                }
             }
         }
+        NGX_CONF_ERROR
     })
 }
 

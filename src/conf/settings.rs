@@ -9,7 +9,7 @@ use consul_watch::agent::{Address, Token};
 use consul_watch::error::printable;
 use nginx_sys::{ngx_conf_full_name, ngx_conf_t, ngx_parse_size, ngx_parse_time, ngx_str_t};
 
-use super::{MainConf, ServerConf};
+use super::{Fault, MainConf, ServerConf};
 
 const ADDRESS: &str = "http://127.0.0.1:8500";
 const WAIT: Duration = Duration::from_secs(25);
@@ -52,11 +52,6 @@ fn default_address() -> Address {
     Address::parse(ADDRESS).expect("a literal that is an address")
 }
 
-/// nginx's answer to a directive that stands twice.
-fn duplicate() -> String {
-    "directive is duplicate".into()
-}
-
 /// # Safety
 ///
 /// As for all handlers here: called by [`super::set`] for a command whose configuration is a
@@ -66,10 +61,10 @@ unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut Settings {
     unsafe { &mut (*conf.cast::<ServerConf>()).settings }
 }
 
-fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), String> {
+fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), Fault> {
     match slot.replace(value) {
         None => Ok(()),
-        Some(_) => Err(duplicate()),
+        Some(_) => Err(Fault::Directive("is duplicate".into())),
     }
 }
 
@@ -99,7 +94,7 @@ pub unsafe fn address(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let value = only(args);
     let address = value
         .to_str()
@@ -119,7 +114,7 @@ pub unsafe fn token(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     // The token itself is in none of the texts.
     let token = only(args)
         .to_str()
@@ -129,8 +124,13 @@ pub unsafe fn token(
     once(unsafe { &mut settings(conf).token }, token).map_err(|_| one_token())
 }
 
-fn one_token() -> String {
+fn one_token() -> Fault {
     "the token is set already, by \"consul_token\" or \"consul_token_file\"".into()
+}
+
+/// A value that is none, and what would be one.
+fn invalid(value: &ngx_str_t, hint: &str) -> Fault {
+    Fault::Directive(format!("invalid value {}{hint}", quoted(value)))
 }
 
 /// `consul_token_file PATH;`, relative to the configuration's directory as nginx's own files are.
@@ -142,7 +142,7 @@ pub unsafe fn token_file(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let mut path = only(args);
     // SAFETY: `cf` is nginx's, and the text is one of its arguments; the function stores another
     // text there, from the configuration's pool.
@@ -173,11 +173,11 @@ pub unsafe fn wait(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let mut value = only(args);
     let wait = time(&mut value)
         .filter(|wait| WAITS.contains(wait))
-        .ok_or_else(|| format!("invalid value {}, it must be from 1s to 5m", quoted(&value)))?;
+        .ok_or_else(|| invalid(&value, ", it must be from 1s to 5m"))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).wait }, wait)
 }
@@ -191,11 +191,10 @@ pub unsafe fn timeout(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let mut value = only(args);
-    let timeout = time(&mut value)
-        .filter(|timeout| !timeout.is_zero())
-        .ok_or_else(|| format!("invalid value {}", quoted(&value)))?;
+    let timeout =
+        time(&mut value).filter(|timeout| !timeout.is_zero()).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).timeout }, timeout)
 }
@@ -209,14 +208,12 @@ pub unsafe fn max_response(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let mut value = only(args);
     // SAFETY: the function reads the text alone.
     let size = unsafe { ngx_parse_size(&mut value) };
-    let size = usize::try_from(size)
-        .ok()
-        .filter(|size| *size > 0)
-        .ok_or_else(|| format!("invalid value {}", quoted(&value)))?;
+    let size =
+        usize::try_from(size).ok().filter(|size| *size > 0).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).max_response }, size)
 }
@@ -230,9 +227,9 @@ pub unsafe fn start_timeout(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
-) -> Result<(), String> {
+) -> Result<(), Fault> {
     let mut value = only(args);
-    let timeout = time(&mut value).ok_or_else(|| format!("invalid value {}", quoted(&value)))?;
+    let timeout = time(&mut value).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut (*conf.cast::<MainConf>()).start_timeout }, timeout)
 }

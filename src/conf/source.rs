@@ -11,8 +11,8 @@ use nginx_sys::{
     ngx_parse_time, ngx_pcalloc, ngx_str_t, sockaddr, sockaddr_in,
 };
 
-use super::ServerConf;
-use crate::conf::finish::upstream_of;
+use super::finish::upstream_of;
+use super::{Fault, ServerConf};
 
 /// One `consul_upstream` line.
 pub struct Source {
@@ -54,11 +54,7 @@ impl Source {
 ///
 /// Called by [`super::set`] for a command whose configuration is a [`ServerConf`], inside an
 /// upstream block.
-pub unsafe fn add(
-    cf: *mut ngx_conf_t,
-    args: &[ngx_str_t],
-    conf: *mut c_void,
-) -> Result<(), String> {
+pub unsafe fn add(cf: *mut ngx_conf_t, args: &[ngx_str_t], conf: *mut c_void) -> Result<(), Fault> {
     // SAFETY: this function's own contract; nobody else uses the configuration meanwhile.
     let conf = unsafe { &mut *conf.cast::<ServerConf>() };
     let (service, parameters) = args.split_first().ok_or("no service")?;
@@ -69,10 +65,8 @@ pub unsafe fn add(
         Place { file: (*file).file.name.to_string(), line: (*file).line }
     };
     if conf.sources.iter().any(|other| other.repeats(&source)) {
-        return Err(format!(
-            "duplicate query for service \"{}\"",
-            printable(service.as_bytes(), 200)
-        ));
+        let service = printable(service.as_bytes(), 200);
+        return Err(format!("duplicate query for service \"{service}\"").into());
     }
     conf.sources.push(source);
     if conf.placeholder.is_none() {

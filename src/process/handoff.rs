@@ -41,7 +41,7 @@ pub struct Handoff {
     slots: Vec<Mutex<Slot>>,
     notes: Mutex<(VecDeque<Note>, usize)>,
     wake: File,
-    /// Sets given.
+    /// How often sets were given.
     given: AtomicU64,
     /// Of those, taken and applied, or kept for another attempt.
     taken: watch::Sender<u64>,
@@ -88,13 +88,15 @@ impl Handoff {
         Ok(self.wake.try_clone()?.into())
     }
 
-    /// Gives a set, and returns when nginx's thread has taken it over.
-    pub async fn give(&self, upstream: usize, update: Update) {
+    /// Gives sets to upstreams, and returns when nginx's thread has taken all of them over.
+    pub async fn give(&self, updates: impl IntoIterator<Item = (usize, Update)>) {
         let mut taken = self.taken.subscribe();
-        if let Some(slot) = self.slots.get(upstream) {
-            let mut slot = slot.lock();
-            slot.last = update.specs.clone();
-            slot.update = Some(update);
+        for (upstream, update) in updates {
+            if let Some(slot) = self.slots.get(upstream) {
+                let mut slot = slot.lock();
+                slot.last = update.specs.clone();
+                slot.update = Some(update);
+            }
         }
         let number = self.given.fetch_add(1, Ordering::AcqRel) + 1;
         self.wake();
@@ -133,7 +135,7 @@ impl Handoff {
                 _ => break,
             }
         }
-        // Before the slots: all sets up to this number are in them.
+        // Before the slots: all that was given up to this number is in them.
         let given = self.given.load(Ordering::Acquire);
         let (notes, lost) = std::mem::take(&mut *self.notes.lock());
         notes.into_iter().for_each(&mut note);

@@ -4,7 +4,7 @@
 //! has no pool of threads for blocking calls, and dropping it drops whatever waits.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -212,7 +212,7 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
         plan.upstreams
             .iter()
             .enumerate()
-            .map(|(number, plan)| Assembly::new(number, plan, handoff.clone()))
+            .map(|(number, plan)| Assembly::new(plan, handoff.last(number)))
             .collect(),
     );
     let clients = RefCell::new(HashMap::new());
@@ -235,7 +235,7 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
                             }
                         };
                         let mut service = Service { client, query: watch.query.clone() };
-                        let mut sink = Lines::new(&watch, upstreams.clone());
+                        let mut sink = Lines::new(&watch, upstreams.clone(), handoff.clone());
                         let task = tokio::task::spawn_local(async move {
                             follow(&mut service, &mut sink).await
                         });
@@ -278,10 +278,8 @@ fn client(clients: &RefCell<HashMap<Agent, Client>>, agent: &Agent) -> Result<Cl
 
 /// The set of one upstream, put together of what its lines know.
 struct Assembly {
-    number: usize,
     name: String,
     lines: Vec<Line>,
-    handoff: Arc<Handoff>,
     known: RefCell<Vec<Option<Known>>>,
     /// The peers that were there before: until each line has had an answer they stay, since one
     /// that has had none says nothing against them.
@@ -295,14 +293,12 @@ struct Known {
 }
 
 impl Assembly {
-    fn new(number: usize, plan: &UpstreamPlan, handoff: Arc<Handoff>) -> Self {
+    fn new(plan: &UpstreamPlan, before: Arc<Vec<Spec>>) -> Self {
         Self {
-            number,
             name: plan.name.clone(),
             lines: plan.lines.clone(),
             known: RefCell::new(plan.lines.iter().map(|_| None).collect()),
-            before: RefCell::new(Some(handoff.last(number))),
-            handoff,
+            before: RefCell::new(Some(before)),
         }
     }
 
@@ -335,16 +331,18 @@ impl Assembly {
 struct Lines {
     lines: Vec<(usize, usize)>,
     upstreams: Rc<Vec<Assembly>>,
+    handoff: Arc<Handoff>,
     service: String,
     address: Address,
     report: Report,
 }
 
 impl Lines {
-    fn new(watch: &WatchPlan, upstreams: Rc<Vec<Assembly>>) -> Self {
+    fn new(watch: &WatchPlan, upstreams: Rc<Vec<Assembly>>, handoff: Arc<Handoff>) -> Self {
         Self {
             lines: watch.lines.clone(),
             upstreams,
+            handoff,
             service: consul_watch::error::printable(watch.query.service().as_bytes(), 100),
             address: watch.agent.address.clone(),
             report: Report::default(),
@@ -364,24 +362,23 @@ impl Lines {
             let (name, service, address) = (&upstream.name, &self.service, &self.address);
             let text =
                 format!("consul: upstream \"{name}\": service \"{service}\" at {address}: {text}");
-            upstream.handoff.note(level, text);
+            self.handoff.note(level, text);
         }
     }
 }
 
 impl Sink for Lines {
     async fn changed(&mut self, snapshot: Arc<Snapshot>) {
-        let mut updates: Vec<(&Assembly, Update)> = Vec::new();
+        // Of two lines of one upstream the later one's set holds the earlier one's, too.
+        let mut updates = BTreeMap::new();
         for (upstream, line) in &self.lines {
-            let Some(assembly) = self.upstreams.get(*upstream) else { continue };
-            let Some(update) = assembly.changed(*line, &snapshot) else { continue };
-            // Of two lines of one upstream the second one's set holds the first one's, too.
-            updates.retain(|(other, _)| other.number != assembly.number);
-            updates.push((assembly, update));
+            if let Some(assembly) = self.upstreams.get(*upstream)
+                && let Some(update) = assembly.changed(*line, &snapshot)
+            {
+                updates.insert(*upstream, update);
+            }
         }
-        for (assembly, update) in updates {
-            assembly.handoff.give(assembly.number, update).await;
-        }
+        self.handoff.give(updates).await;
     }
 
     fn answered(&mut self) {
