@@ -99,7 +99,8 @@ struct UpstreamPlan {
 /// A `consul_upstream` line.
 #[derive(Clone)]
 struct Line {
-    service: String,
+    /// What it asks for: lines that ask for the same see the same instances.
+    query: Query,
     selection: Selection,
     attributes: Attributes,
     backup: bool,
@@ -139,7 +140,7 @@ impl Plan {
 impl Line {
     fn new(source: &Source) -> Self {
         Self {
-            service: source.query.service().to_owned(),
+            query: source.query.clone(),
             selection: source.selection.clone(),
             attributes: source.attributes,
             backup: source.backup,
@@ -152,7 +153,7 @@ impl Line {
             .map(|peer| Spec {
                 label: Label::new(&peer.node, &peer.id),
                 address: peer.address,
-                server: self.service.clone(),
+                server: self.query.service().to_owned(),
                 backup: self.backup,
                 attributes: Attributes { weight: peer.weight, ..self.attributes },
             })
@@ -318,9 +319,16 @@ impl Assembly {
         }
         let before = before.iter().flat_map(|before| before.iter().cloned());
         let known = all.iter().flatten().flat_map(|known| known.specs.iter().cloned());
+        // Each instance once, whatever the number of lines that look at it.
+        let registered: HashMap<&Query, usize> = self
+            .lines
+            .iter()
+            .zip(all.iter())
+            .filter_map(|(line, known)| Some((&line.query, known.as_ref()?.registered)))
+            .collect();
         Some(Update {
             specs: Arc::new(arrange(known.chain(before))),
-            registered: all.iter().flatten().map(|known| known.registered).sum(),
+            registered: registered.values().sum(),
             index: snapshot.index,
             complete,
         })

@@ -1,0 +1,29 @@
+# Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
+SHELL = /bin/bash
+.DEFAULT_GOAL = help
+.PHONY: help demo test check build bench consul clean
+
+help: ## these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
+	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
+
+test: ## unit tests, whole-system tests and the demo; T=NAME: only the tests with NAME in their name
+	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
+
+check: ## format, lints, and the licences and sources of the dependencies
+	@scripts/setup && scripts/check
+
+build: ## the module, in target/modules; NGINX_SOURCE_DIR=DIR (and NGINX_BUILD_DIR=DIR): for an nginx of your own
+	@scripts/setup && scripts/build
+
+bench: ## the benchmarks; B=NAME: one of them
+	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
+	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked $(if $(B),--bench $(B))
+
+consul: ## a Consul for the demo and the tests: CONSUL_BIN, the one on the PATH, or Debian 11's; prints its path
+	@scripts/setup consul && scripts/fetch-consul
+
+clean: ## removes everything that was built
+	cargo clean

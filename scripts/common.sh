@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts beside this file share; each begins with `. "$(dirname "$0")/common.sh"`.
+set -euo pipefail
+
+# Absolute, because build scripts run in directories of their own.
+for dir in NGINX_SOURCE_DIR NGINX_BUILD_DIR; do
+  if [ -n "${!dir:-}" ]; then export "$dir=$(realpath "${!dir}")"; else unset "$dir"; fi
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$root/target}
+# Tools that take minutes to build are kept outside of the clone, so that the next clone finds them.
+tools=${XDG_CACHE_HOME:-$HOME/.cache}/nginx-consul-upstream/tools
+name=${0##*/}
+cd "$root"
+
+# The make that runs these scripts is none of the business of the make that builds nginx.
+unset MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
+
+say() { printf '%s: %s\n' "$name" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# The flags of every cargo command that builds the module: nginx is the one of the crate nginx-src, or one's own.
+cargo_flags=(--release --locked)
+if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then cargo_flags+=(--no-default-features); fi
