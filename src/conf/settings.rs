@@ -100,7 +100,12 @@ pub unsafe fn address(
         .to_str()
         .map_err(|_| "is not valid UTF-8".to_owned())
         .and_then(|text| Address::parse(text).map_err(|err| err.to_string()))
-        .map_err(|err| format!("address {} {err}", quoted(&value)))?;
+        .map_err(|err| {
+            // What may be a secret is not repeated.
+            let secret = value.as_bytes().iter().any(|byte| b"@?".contains(byte));
+            let shown = if secret { String::new() } else { format!(" {}", quoted(&value)) };
+            format!("address{shown} {err}")
+        })?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).address }, address)
 }

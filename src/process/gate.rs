@@ -4,15 +4,16 @@
 //! milliseconds later. The first worker waits for all upstreams at once and opens the gate, a word
 //! in a zone of our own; the others look at it. Each waits for `consul_start_timeout` at most.
 
+use core::ffi::c_int;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nginx_sys::{
-    NGX_ERROR, NGX_LOG_WARN, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pagesize, ngx_quit,
-    ngx_shared_memory_add, ngx_shm_zone_t, ngx_slab_calloc, ngx_slab_pool_t, ngx_str_t,
-    ngx_terminate, ngx_time_update,
+    NGX_CMD_QUIT, NGX_CMD_TERMINATE, NGX_ERROR, NGX_LOG_WARN, NGX_OK, ngx_channel, ngx_conf_t,
+    ngx_int_t, ngx_pagesize, ngx_quit, ngx_shared_memory_add, ngx_shm_zone_t, ngx_slab_calloc,
+    ngx_slab_pool_t, ngx_str_t, ngx_terminate, ngx_time_update, ngx_uint_t,
 };
 
 use super::apply::Applier;
@@ -25,6 +26,9 @@ const NAME: &str = "consul_upstream";
 
 /// How often the other workers look.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// How often the first one looks whether it is to end.
+const ORDERS: Duration = Duration::from_millis(50);
 
 /// The word in shared memory.
 #[derive(Default)]
@@ -113,7 +117,7 @@ pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
         if left.is_zero() {
             break;
         }
-        applier.wait(left);
+        applier.wait(left.min(ORDERS));
     }
     // SAFETY: nginx's own clock, which stood still meanwhile.
     unsafe { ngx_time_update() };
@@ -137,12 +141,57 @@ pub unsafe fn open(main: &MainConf) {
     unsafe { gate(main) }.open.store(true, Ordering::Release);
 }
 
-/// Whether a signal asks the worker to end. What the master says by its channel is read only after
-/// the start; it is bounded as the wait is.
+/// Whether the worker is to end. nginx's signal handler says so, or the master by its channel,
+/// which nginx reads only in the event loop.
 fn ending() -> bool {
     // SAFETY: words that nginx's signal handler writes, on this thread.
-    unsafe {
+    let signalled = unsafe {
         ptr::read_volatile(&raw const ngx_quit) != 0
             || ptr::read_volatile(&raw const ngx_terminate) != 0
+    };
+    signalled || told_to_end()
+}
+
+/// nginx's `ngx_channel_t`, which nginx-sys does not bind.
+#[repr(C)]
+struct Message {
+    command: ngx_uint_t,
+    pid: libc::pid_t,
+    slot: ngx_int_t,
+    fd: c_int,
+}
+
+/// Looks through what the master has written, and leaves it there for nginx to read: beside an
+/// order to end it is news of the other workers.
+fn told_to_end() -> bool {
+    // SAFETY: the channel is an open socket of this process, or −1 in a single one, where every
+    // call fails; the message is plain data of the size that is asked for, and descriptors that
+    // come with it are not taken.
+    unsafe {
+        let channel = ngx_channel;
+        let mut found = false;
+        set_peek_offset(channel, 0);
+        loop {
+            let mut message: Message = core::mem::zeroed();
+            let size = size_of::<Message>();
+            let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+            let got = libc::recv(channel, (&raw mut message).cast(), size, flags);
+            if usize::try_from(got) != Ok(size) {
+                break;
+            }
+            found |= [NGX_CMD_QUIT, NGX_CMD_TERMINATE]
+                .map(|c| c as ngx_uint_t)
+                .contains(&message.command);
+        }
+        set_peek_offset(channel, -1);
+        found
     }
+}
+
+/// Where the next peek begins; each one moves it on. −1 is the usual way (socket(7)).
+fn set_peek_offset(socket: c_int, offset: c_int) {
+    let value = (&raw const offset).cast();
+    let len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the option takes an int; on what is no socket the call fails.
+    unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value, len) };
 }
