@@ -1,0 +1,26 @@
+//! What the benchmarks share: how they are called, what they measure, and the rival.
+
+use std::env;
+use std::time::Duration;
+
+pub mod rival;
+
+/// `--quick`, or `BENCH_QUICK` in the environment: a run of seconds that tells whether the
+/// benchmark works and nothing is lost, and judges no time.
+pub fn is_quick() -> bool {
+    // `cargo bench` adds `--bench`, which says nothing here.
+    env::args().any(|arg| arg == "--quick")
+        || env::var_os("BENCH_QUICK").is_some_and(|value| !value.is_empty())
+}
+
+/// A sample's value below which so much of the sample lies.
+pub fn quantile(sample: &[Duration], part: f64) -> Duration {
+    let mut sorted = sample.to_vec();
+    sorted.sort_unstable();
+    let rank = (part * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+pub fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
