@@ -359,6 +359,8 @@ fn one_process_alone_starts_reloads_and_stops() {
         .single_process()
         .upstream("web", &format!("server {};", one.addr()))
         .start();
+    // It listens before it has its event loop, and answers after.
+    serves_now(plain.addr(), &["web-1"]);
     let expected = events(&plain);
     assert_eq!(events(&nginx).len(), expected.len(), "{expected:?}");
     let begin = Instant::now();
