@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use testbed::nginx::Builder;
-use testbed::{Backend, Consul, Dir, Net, Nginx, Service, eventually};
+use testbed::{Consul, Dir, Net, Nginx, Service, eventually};
 
 use common::rival::RenderAndReload;
 use common::{ms, quantile};
@@ -38,6 +38,10 @@ const BREATH: Duration = Duration::from_micros(300);
 /// Changes in a row of one side before it is the other's turn: what the machine does meanwhile,
 /// it does to both.
 const BLOCK: usize = 20;
+
+/// What each side's upstream has beside its servers: connections to them are kept, as anyone would
+/// have it who counts milliseconds.
+const KEPT: &str = "keepalive 16;";
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -106,14 +110,18 @@ fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 3] {
     let consul = Consul::start(&net, &dir);
     let conf = |name: &str| -> Builder { Nginx::builder(&net, &dir).name(name).workers(workers) };
 
-    let mut ours = Changing::new(&net, &consul, "ours");
+    // Each side's heavy instance is at another place after each change, and once before.
+    let places = blocks * block + 1;
+    let backends = Backends::start(&net, &dir, ["ours", "theirs"], places);
+
+    let mut ours = Changing::new(&consul, &backends, "ours");
     let nginx = conf("ours")
         .http(format!("consul_address {};", consul.url()))
-        .http("upstream ours { zone ours 256k; consul_upstream ours; }")
+        .http(format!("upstream ours {{ zone ours 256k; consul_upstream ours; {KEPT} }}"))
         .server("ours")
         .start();
-    let mut theirs = Changing::new(&net, &consul, "theirs");
-    let rival = RenderAndReload::start(&consul, &dir, conf("theirs"), "theirs", "", "");
+    let mut theirs = Changing::new(&consul, &backends, "theirs");
+    let rival = RenderAndReload::start(&consul, &dir, conf("theirs"), "theirs", KEPT, "");
 
     let mut probes = probes(&nginx);
     let [mut alone, mut our_times, mut their_times] = [(); 3].map(|()| Times::default());
@@ -144,28 +152,67 @@ impl Times {
     }
 }
 
+/// All instances, as servers of one nginx that answer by themselves: what answers a request takes
+/// part in the time, and should take as little of it as any backend can.
+struct Backends {
+    _nginx: Nginx,
+    /// Where each one listens, by name.
+    places: BTreeMap<String, SocketAddr>,
+}
+
+impl Backends {
+    fn start(net: &Net, dir: &Dir, services: [&str; 2], heavy: usize) -> Backends {
+        let mut places = BTreeMap::new();
+        for service in services {
+            let light = (1..INSTANCES).map(|n| light(service, n));
+            for name in light.chain((1..=heavy).map(|n| self::heavy(service, n))) {
+                places.insert(name, SocketAddr::from((net.ip(20), net.port())));
+            }
+        }
+        let servers: String = places
+            .iter()
+            .map(|(name, addr)| {
+                format!(
+                    "server {{ listen {addr}; location / {{ add_header X-Backend {name}; \
+                     return 200; }} }}\n"
+                )
+            })
+            .collect();
+        let first = places.values().next().copied().expect("there are some");
+        let builder = Nginx::builder(net, dir).name("backends").module(false).workers(1);
+        let nginx = builder.http(servers).listen(first).start();
+        Backends { _nginx: nginx, places }
+    }
+
+    fn service(&self, service: &str, id: &str, name: &str) -> Service {
+        Service::new(service, id, self.places[name])
+    }
+}
+
+fn light(service: &str, n: usize) -> String {
+    format!("{service}-{n}")
+}
+
+fn heavy(service: &str, n: usize) -> String {
+    format!("{service}-heavy-{n}")
+}
+
 /// A service of which one instance, the heavy one, moves at each change.
 struct Changing<'a> {
-    net: &'a Net,
     consul: &'a Consul,
+    backends: &'a Backends,
     service: &'static str,
-    heavy: Option<Backend>,
     count: usize,
-    _others: Vec<Backend>,
 }
 
 impl<'a> Changing<'a> {
-    fn new(net: &'a Net, consul: &'a Consul, service: &'static str) -> Changing<'a> {
-        let others: Vec<Backend> =
-            (1..INSTANCES).map(|n| Backend::start(net, 20, &format!("{service}-{n}"))).collect();
-        let services: Vec<Service> = others
-            .iter()
-            .enumerate()
-            .map(|(n, backend)| Service::new(service, &format!("{service}-{n}"), backend.addr()))
+    fn new(consul: &'a Consul, backends: &'a Backends, service: &'static str) -> Changing<'a> {
+        let services: Vec<Service> = (1..INSTANCES)
+            .map(|n| light(service, n))
+            .map(|name| backends.service(service, &name, &name))
             .collect();
         consul.register_all(&services);
-        let mut changing =
-            Changing { net, consul, service, heavy: None, count: 0, _others: others };
+        let mut changing = Changing { consul, backends, service, count: 0 };
         let registration = changing.next();
         consul.put("/v1/agent/service/register", &registration);
         consul.settled(service, "all are there", |all| all.len() == INSTANCES);
@@ -174,16 +221,14 @@ impl<'a> Changing<'a> {
 
     /// The name of the heavy instance that is the current one.
     fn name(&self) -> String {
-        format!("{}-heavy-{}", self.service, self.count)
+        heavy(self.service, self.count)
     }
 
-    /// Starts the heavy instance anew, elsewhere. Returns what Consul is to be told.
+    /// Moves the heavy instance. Returns what Consul is to be told.
     fn next(&mut self) -> String {
         self.count += 1;
-        let backend = Backend::start(self.net, 21, &self.name());
-        let service = Service::new(self.service, "heavy", backend.addr()).weights(HEAVY, 1);
-        self.heavy = Some(backend);
-        service.registration().to_string()
+        let service = self.backends.service(self.service, "heavy", &self.name());
+        service.weights(HEAVY, 1).registration().to_string()
     }
 
     /// Makes a change, and calls `watch` when the answer to a blocking query has arrived: in the
@@ -192,7 +237,6 @@ impl<'a> Changing<'a> {
         &mut self,
         watch: impl FnOnce(&str, Instant) -> io::Result<Vec<Duration>> + Send,
     ) -> Vec<Duration> {
-        let before = self.heavy.take();
         let registration = self.next();
         let name = self.name();
         let index = self.consul.index(self.service);
@@ -209,8 +253,6 @@ impl<'a> Changing<'a> {
             (told, arrived, seen)
         });
         assert!(arrived > told, "the query did not wait for the change");
-        // Until here a worker could still ask it.
-        drop(before);
         seen.unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 }

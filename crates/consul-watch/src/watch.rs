@@ -83,6 +83,8 @@ pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Inf
         let answer = transport.ask(ask).await;
         let begin = Instant::now();
         let verdict = answer.and_then(|answer| watch.judge(ask, answer));
+        // The judging alone: while a set is taken over the watch waits, and costs nothing.
+        let work = begin.elapsed();
         let rest = match verdict {
             Err(error) => {
                 sink.failed(&error);
@@ -105,7 +107,7 @@ pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Inf
                         watch.last = Some(snapshot);
                     }
                 }
-                pace.next(begin.elapsed())
+                pace.next(work)
             }
         };
         if !rest.is_zero() {

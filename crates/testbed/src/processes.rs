@@ -6,20 +6,50 @@ use std::path::PathBuf;
 /// The processes whose parent is `pid`, in order. (`/proc/PID/task/PID/children` would say so at
 /// once, but not every kernel is built with it.)
 pub(crate) fn children(pid: u32) -> Vec<u32> {
-    let mut children: Vec<u32> = fs::read_dir("/proc")
+    all().filter(|&child| Stat::of(child).is_some_and(|stat| stat.parent == pid)).collect()
+}
+
+/// Whether a process of the group is alive. One that has ended counts as gone even where nobody
+/// asks for its status: orphans do not vanish in a container whose first process is no init.
+pub(crate) fn group_lives(group: u32) -> bool {
+    all().filter_map(Stat::of).any(|stat| stat.group == group && !stat.ended)
+}
+
+/// Whether a process is alive, in the same sense.
+#[cfg(test)]
+pub(crate) fn lives(pid: u32) -> bool {
+    Stat::of(pid).is_some_and(|stat| !stat.ended)
+}
+
+fn all() -> impl Iterator<Item = u32> {
+    let mut all: Vec<u32> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|&child| parent(child) == Some(pid))
         .collect();
-    children.sort_unstable();
-    children
+    all.sort_unstable();
+    all.into_iter()
 }
 
-fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(file(pid, "stat")).ok()?;
-    // PID (NAME) STATE PARENT …, where NAME may hold anything, parentheses as well.
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+/// A part of `/proc/PID/stat`, see proc(5).
+struct Stat {
+    ended: bool,
+    parent: u32,
+    group: u32,
+}
+
+impl Stat {
+    fn of(pid: u32) -> Option<Stat> {
+        let stat = fs::read_to_string(file(pid, "stat")).ok()?;
+        // PID (NAME) STATE PARENT GROUP …, where NAME may hold anything, parentheses as well.
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+        let ended = matches!(fields.next()?, "Z" | "X");
+        Some(Stat {
+            ended,
+            parent: fields.next()?.parse().ok()?,
+            group: fields.next()?.parse().ok()?,
+        })
+    }
 }
 
 /// The command line, one string an argument. Empty for a zombie.

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
 
 use crate::eventually::within;
+use crate::processes;
 
 /// Reads `+ GROUP` and `- GROUP`; at the end of its input kills the groups it has.
 const WARDEN: &str = r#"
@@ -120,6 +121,7 @@ impl Drop for Process {
 
 fn is_empty(group: Pid) -> bool {
     test_kill_process_group(group) == Err(Errno::SRCH)
+        || !processes::group_lives(group.as_raw_nonzero().get().unsigned_abs())
 }
 
 #[expect(clippy::zombie_processes, reason = "it ends after this process, that is its purpose")]
@@ -153,7 +155,7 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(10);
 
     fn exists(pid: &str) -> bool {
-        Path::new("/proc").join(pid).exists()
+        processes::lives(pid.parse().unwrap())
     }
 
     #[test]
