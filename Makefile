@@ -9,7 +9,7 @@ help: ## these lines
 demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
 
-test: ## unit tests, whole-system tests and the demo; T=NAME: only the tests with NAME in their name
+test: ## unit tests, whole-system tests, the demo, short benchmarks; T=NAME: only the tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
 
 check: ## format, lints, and the licences and sources of the dependencies
