@@ -69,6 +69,8 @@ pub struct Upstream {
     pub agent: Agent,
     /// The `consul_upstream` lines.
     pub sources: Vec<Source>,
+    /// Its balancing method knows backups.
+    pub knows_backups: bool,
     /// How many peers of its lists are static servers.
     pub statics: Statics,
 }

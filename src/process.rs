@@ -23,8 +23,10 @@ use crate::guard::guard;
 use crate::{ConsulUpstream, log};
 
 mod apply;
+mod assembly;
 mod gate;
 mod handoff;
+mod plan;
 mod thread;
 
 /// This process' part in following Consul; null in most processes.

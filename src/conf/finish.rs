@@ -114,8 +114,9 @@ unsafe fn complete(
         if peers.is_null() || !take_out(nginx, peers, placeholder) {
             return Err(fail("\"consul_upstream\" does not know the balancing method"));
         }
-        if conf.sources.iter().any(|source| source.backup) && (*peers).next.is_null() {
-            // The zone copies a list for backups only if there is one.
+        if knows_backups && (*peers).next.is_null() {
+            // The zone copies a list for backups only if there is one, and an instance's own word
+            // can make it one at any time.
             let backups: *mut ngx_http_upstream_rr_peers_t =
                 ngx_pcalloc((*cf).pool, size_of::<ngx_http_upstream_rr_peers_t>()).cast();
             if backups.is_null() {
@@ -140,6 +141,7 @@ unsafe fn complete(
             zone: (*(*nginx).shm_zone).shm.name.to_string(),
             agent: conf.settings.agent(&http.settings),
             sources: core::mem::take(&mut conf.sources),
+            knows_backups,
             statics,
         })
     }

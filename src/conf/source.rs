@@ -1,6 +1,7 @@
 //! `consul_upstream SERVICE [parameter …];`
 
 use core::ffi::c_void;
+use std::time::Duration;
 
 use consul_watch::error::printable;
 use consul_watch::query::text;
@@ -132,6 +133,16 @@ fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String>
             (b"fail_timeout", Some(value)) => {
                 attributes.fail_timeout = seconds(value).ok_or_else(invalid)?;
             }
+            (b"guard", Some(value)) => {
+                selection.guard.guard = percent(value).ok_or_else(invalid)?;
+            }
+            (b"hold", Some(value)) => {
+                selection.guard.hold = time(value).ok_or_else(invalid)?;
+            }
+            (b"panic", Some(b"0")) => selection.panic = 0,
+            (b"panic", Some(value)) => {
+                selection.panic = percent(value).ok_or_else(invalid)?;
+            }
             (b"backup", None) => backup = true,
             _ => return Err(invalid()),
         }
@@ -157,6 +168,20 @@ fn seconds(value: &[u8]) -> Option<u32> {
     // SAFETY: the function reads the text alone.
     let seconds = unsafe { ngx_parse_time(&mut value, 1) };
     i32::try_from(seconds).ok().and_then(|seconds| u32::try_from(seconds).ok())
+}
+
+/// A time that may have milliseconds.
+fn time(value: &[u8]) -> Option<Duration> {
+    let mut value = ngx_str_t { len: value.len(), data: value.as_ptr().cast_mut() };
+    // SAFETY: the function reads the text alone.
+    let ms = unsafe { ngx_parse_time(&mut value, 0) };
+    i32::try_from(ms).ok().and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis)
+}
+
+/// A share such as `50%`.
+fn percent(value: &[u8]) -> Option<u8> {
+    let percent = number(value.strip_suffix(b"%")?)?;
+    u8::try_from(percent).ok().filter(|percent| *percent <= 100)
 }
 
 /// nginx refuses an upstream without servers: this one stands in until the balancer has made its

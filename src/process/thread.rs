@@ -4,7 +4,7 @@
 //! has no pool of threads for blocking calls, and dropping it drops whatever waits.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,21 +13,20 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use consul_watch::agent::Address;
+use consul_watch::Agent;
 use consul_watch::backoff::Backoff;
 use consul_watch::client::{Client, Service};
-use consul_watch::error::{Error, Retry};
-use consul_watch::report::Report;
-use consul_watch::watch::{Sink, Snapshot, follow};
-use consul_watch::{Agent, Query, Selection, policy};
-use nginx_peers::spec::{Attributes, arrange};
-use nginx_peers::{Label, Spec};
-use nginx_sys::{NGX_LOG_CRIT, NGX_LOG_ERR, NGX_LOG_NOTICE};
+use consul_watch::error::{Error, Retry, printable};
+use consul_watch::watch::follow;
+use nginx_sys::NGX_LOG_CRIT;
 use tokio::sync::oneshot;
-use tokio::task::LocalSet;
+use tokio::task::{LocalSet, spawn_local};
+use tokio::time::sleep;
 
-use super::handoff::{Handoff, Update};
-use crate::conf::{MainConf, Source};
+use super::assembly::{Assembly, Lines};
+use super::handoff::Handoff;
+use super::plan::{Plan, WatchPlan};
+use crate::conf::MainConf;
 use crate::guard;
 
 /// The thread, and how to end it.
@@ -82,85 +81,6 @@ impl Drop for BlockedSignals {
     }
 }
 
-/// What is to be watched, and for whom: plain data, so that a thread that has to start over can.
-#[derive(Clone)]
-struct Plan {
-    upstreams: Vec<UpstreamPlan>,
-    /// One watch for all lines that ask the same agent for the same thing.
-    watches: Vec<WatchPlan>,
-}
-
-#[derive(Clone)]
-struct UpstreamPlan {
-    name: String,
-    lines: Vec<Line>,
-}
-
-/// A `consul_upstream` line.
-#[derive(Clone)]
-struct Line {
-    /// What it asks for: lines that ask for the same see the same instances.
-    query: Query,
-    selection: Selection,
-    attributes: Attributes,
-    backup: bool,
-}
-
-#[derive(Clone)]
-struct WatchPlan {
-    agent: Agent,
-    query: Query,
-    /// The upstream's number, and the line's within it.
-    lines: Vec<(usize, usize)>,
-}
-
-impl Plan {
-    fn new(main: &MainConf) -> Self {
-        let mut watches: HashMap<(&Agent, &Query), Vec<(usize, usize)>> = HashMap::new();
-        let mut upstreams = Vec::new();
-        for (u, upstream) in main.upstreams.iter().enumerate() {
-            for (l, source) in upstream.sources.iter().enumerate() {
-                watches.entry((&upstream.agent, &source.query)).or_default().push((u, l));
-            }
-            let lines = upstream.sources.iter().map(Line::new).collect();
-            upstreams.push(UpstreamPlan { name: upstream.name.clone(), lines });
-        }
-        let watches = watches
-            .into_iter()
-            .map(|((agent, query), lines)| WatchPlan {
-                agent: agent.clone(),
-                query: query.clone(),
-                lines,
-            })
-            .collect();
-        Self { upstreams, watches }
-    }
-}
-
-impl Line {
-    fn new(source: &Source) -> Self {
-        Self {
-            query: source.query.clone(),
-            selection: source.selection.clone(),
-            attributes: source.attributes,
-            backup: source.backup,
-        }
-    }
-
-    fn specs(&self, snapshot: &Snapshot) -> Vec<Spec> {
-        policy::select(&self.selection, &snapshot.instances)
-            .into_iter()
-            .map(|peer| Spec {
-                label: Label::new(&peer.node, &peer.id),
-                address: peer.address,
-                server: self.query.service().to_owned(),
-                backup: self.backup,
-                attributes: Attributes { weight: peer.weight, ..self.attributes },
-            })
-            .collect()
-    }
-}
-
 /// The thread's main function: runs until it is told to stop, whatever panics.
 fn run(plan: Plan, handoff: Arc<Handoff>, mut stopped: oneshot::Receiver<Infallible>) {
     let mut backoff = Backoff::default();
@@ -211,208 +131,73 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
     let upstreams: Rc<Vec<Assembly>> = Rc::new(
         plan.upstreams
-            .iter()
+            .into_iter()
             .enumerate()
-            .map(|(number, plan)| Assembly::new(plan, handoff.last(number)))
+            .map(|(number, plan)| Assembly::new(plan, &handoff.last(number)))
             .collect(),
     );
-    let clients = RefCell::new(HashMap::new());
-    let mut tasks: Vec<_> =
-        plan.watches
-            .into_iter()
-            .map(|watch| {
-                let (upstreams, clients) = (upstreams.clone(), &clients);
-                let handoff = handoff.clone();
-                async move {
-                    let mut backoff = Backoff::default();
-                    loop {
-                        let client = match client(clients, &watch.agent) {
-                            Ok(client) => client,
-                            Err(err) => {
-                                let text = format!("consul: {}: {err}", watch.agent.address);
-                                handoff.note(NGX_LOG_ERR, text);
-                                tokio::time::sleep(backoff.next(Retry::Slowly)).await;
-                                continue;
-                            }
-                        };
-                        let mut service = Service { client, query: watch.query.clone() };
-                        let mut sink = Lines::new(&watch, upstreams.clone(), handoff.clone());
-                        let task = tokio::task::spawn_local(async move {
-                            follow(&mut service, &mut sink).await
-                        });
-                        let failed = match task.await {
-                            Ok(never) => match never {},
-                            Err(failed) => failed,
-                        };
-                        let text = format!(
-                            "consul: the watch of service \"{}\" failed and starts again: {failed}",
-                            consul_watch::error::printable(watch.query.service().as_bytes(), 100)
-                        );
-                        handoff.note(NGX_LOG_CRIT, text);
-                        tokio::time::sleep(backoff.next(Retry::BackOff)).await;
-                    }
+    let clients = Rc::new(Clients::default());
+    for watch in plan.watches {
+        let watcher = Watcher {
+            watch,
+            upstreams: upstreams.clone(),
+            clients: clients.clone(),
+            handoff: handoff.clone(),
+        };
+        spawn_local(watcher.run());
+    }
+    std::future::pending().await
+}
+
+/// One watch, for as long as the thread runs.
+struct Watcher {
+    watch: WatchPlan,
+    upstreams: Rc<Vec<Assembly>>,
+    clients: Rc<Clients>,
+    handoff: Arc<Handoff>,
+}
+
+impl Watcher {
+    async fn run(self) -> Infallible {
+        let mut backoff = Backoff::default();
+        loop {
+            let WatchPlan { agent, query, .. } = &self.watch;
+            let (text, retry) = match self.clients.get(agent) {
+                Err(err) => (format!("consul: {}: {err}", agent.address), Retry::Slowly),
+                Ok(client) => {
+                    let mut service = Service { client, query: query.clone() };
+                    let upstreams = self.upstreams.clone();
+                    let mut sink = Lines::new(&self.watch, upstreams, self.handoff.clone());
+                    // A task of its own, so that a panic ends it alone.
+                    let task = spawn_local(async move { follow(&mut service, &mut sink).await });
+                    let failed = match task.await {
+                        Ok(never) => match never {},
+                        Err(failed) => failed,
+                    };
+                    let service = printable(query.service().as_bytes(), 100);
+                    let text = format!(
+                        "consul: the watch of service \"{service}\" failed and starts again: {failed}"
+                    );
+                    (text, Retry::BackOff)
                 }
-            })
-            .map(Box::pin)
-            .collect();
-    // No watch ends: polling them side by side is all there is to do.
-    std::future::poll_fn(|cx| {
-        for task in &mut tasks {
-            if let std::task::Poll::Ready(never) = task.as_mut().poll(cx) {
-                return std::task::Poll::Ready(never);
-            }
+            };
+            self.handoff.note(NGX_LOG_CRIT, text);
+            sleep(backoff.next(retry)).await;
         }
-        std::task::Poll::Pending
-    })
-    .await
+    }
 }
 
 /// One client, and so one pool of connections, for each agent.
-fn client(clients: &RefCell<HashMap<Agent, Client>>, agent: &Agent) -> Result<Client, Error> {
-    if let Some(client) = clients.borrow().get(agent) {
-        return Ok(client.clone());
-    }
-    let client = Client::new(agent.clone())?;
-    clients.borrow_mut().insert(agent.clone(), client.clone());
-    Ok(client)
-}
+#[derive(Default)]
+struct Clients(RefCell<HashMap<Agent, Client>>);
 
-/// The set of one upstream, put together of what its lines know.
-struct Assembly {
-    name: String,
-    lines: Vec<Line>,
-    known: RefCell<Vec<Option<Known>>>,
-    /// The peers that were there before: until each line has had an answer they stay, since one
-    /// that has had none says nothing against them.
-    before: RefCell<Option<Arc<Vec<Spec>>>>,
-}
-
-/// What a line knows.
-struct Known {
-    specs: Vec<Spec>,
-    registered: usize,
-}
-
-impl Assembly {
-    fn new(plan: &UpstreamPlan, before: Arc<Vec<Spec>>) -> Self {
-        Self {
-            name: plan.name.clone(),
-            lines: plan.lines.clone(),
-            known: RefCell::new(plan.lines.iter().map(|_| None).collect()),
-            before: RefCell::new(Some(before)),
+impl Clients {
+    fn get(&self, agent: &Agent) -> Result<Client, Error> {
+        if let Some(client) = self.0.borrow().get(agent) {
+            return Ok(client.clone());
         }
-    }
-
-    /// A line's instances changed: what the upstream's set is now.
-    fn changed(&self, line: usize, snapshot: &Snapshot) -> Option<Update> {
-        let known = Known {
-            specs: self.lines.get(line)?.specs(snapshot),
-            registered: snapshot.instances.len(),
-        };
-        let mut all = self.known.borrow_mut();
-        *all.get_mut(line)? = Some(known);
-
-        let complete = all.iter().all(Option::is_some);
-        let mut before = self.before.borrow_mut();
-        if complete {
-            *before = None;
-        }
-        let before = before.iter().flat_map(|before| before.iter().cloned());
-        let known = all.iter().flatten().flat_map(|known| known.specs.iter().cloned());
-        // Each instance once, whatever the number of lines that look at it.
-        let registered: HashMap<&Query, usize> = self
-            .lines
-            .iter()
-            .zip(all.iter())
-            .filter_map(|(line, known)| Some((&line.query, known.as_ref()?.registered)))
-            .collect();
-        Some(Update {
-            specs: Arc::new(arrange(known.chain(before))),
-            registered: registered.values().sum(),
-            index: snapshot.index,
-            complete,
-        })
-    }
-}
-
-/// All lines that share a watch, and what their upstreams' logs were told.
-struct Lines {
-    lines: Vec<(usize, usize)>,
-    upstreams: Rc<Vec<Assembly>>,
-    handoff: Arc<Handoff>,
-    service: String,
-    address: Address,
-    report: Report,
-}
-
-impl Lines {
-    fn new(watch: &WatchPlan, upstreams: Rc<Vec<Assembly>>, handoff: Arc<Handoff>) -> Self {
-        Self {
-            lines: watch.lines.clone(),
-            upstreams,
-            handoff,
-            service: consul_watch::error::printable(watch.query.service().as_bytes(), 100),
-            address: watch.agent.address.clone(),
-            report: Report::default(),
-        }
-    }
-
-    /// The upstreams of these lines, each once.
-    fn upstreams(&self) -> impl Iterator<Item = &Assembly> {
-        let mut numbers: Vec<usize> = self.lines.iter().map(|(upstream, _)| *upstream).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        numbers.into_iter().filter_map(|number| self.upstreams.get(number))
-    }
-
-    fn note(&self, level: u32, text: &str) {
-        for upstream in self.upstreams() {
-            let (name, service, address) = (&upstream.name, &self.service, &self.address);
-            let text =
-                format!("consul: upstream \"{name}\": service \"{service}\" at {address}: {text}");
-            self.handoff.note(level, text);
-        }
-    }
-}
-
-impl Sink for Lines {
-    async fn changed(&mut self, snapshot: Arc<Snapshot>) {
-        // Of two lines of one upstream the later one's set holds the earlier one's, too.
-        let mut updates = BTreeMap::new();
-        for (upstream, line) in &self.lines {
-            if let Some(assembly) = self.upstreams.get(*upstream)
-                && let Some(update) = assembly.changed(*line, &snapshot)
-            {
-                updates.insert(*upstream, update);
-            }
-        }
-        self.handoff.give(updates).await;
-    }
-
-    fn answered(&mut self) {
-        if let Some(away) = self.report.answered() {
-            let text = format!("answers again, after {}", Seconds(away));
-            self.note(NGX_LOG_NOTICE, &text);
-        }
-    }
-
-    fn failed(&mut self, error: &Error) {
-        if self.report.failed(error) {
-            self.note(NGX_LOG_ERR, &error.to_string());
-        }
-    }
-}
-
-/// A duration as a person says it.
-struct Seconds(Duration);
-
-impl std::fmt::Display for Seconds {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0.as_secs() {
-            0 => write!(f, "{}ms", self.0.as_millis()),
-            s @ 1..60 => write!(f, "{s}s"),
-            s @ 60..3600 => write!(f, "{}m{}s", s / 60, s % 60),
-            s => write!(f, "{}h{}m", s / 3600, s % 3600 / 60),
-        }
+        let client = Client::new(agent.clone())?;
+        self.0.borrow_mut().insert(agent.clone(), client.clone());
+        Ok(client)
     }
 }

@@ -204,7 +204,7 @@ fn through_a_static_backup(method: &str) {
     let mut pool = Pool::new(&stage, "web", 3, 0, Kind::Sound);
     let backup = Backend::start(&stage.net, 60, "backup");
     let nginx = stage.nginx(
-        &format!("{method} consul_upstream web; server {} backup;", backup.addr()),
+        &format!("{method} consul_upstream web hold=0; server {} backup;", backup.addr()),
         NO_RETRY,
     );
     let served = churn(&stage, &nginx, &mut [&mut pool]);
@@ -216,8 +216,10 @@ fn through_backups_from_consul(method: &str) {
     let stage = Stage::set();
     let mut primaries = Pool::new(&stage, "web", 3, 0, Kind::Sound);
     let mut backups = Pool::new(&stage, "spare", 3, 1, Kind::Sound);
-    let nginx = stage
-        .nginx(&format!("{method} consul_upstream spare backup; consul_upstream web;"), NO_RETRY);
+    let nginx = stage.nginx(
+        &format!("{method} consul_upstream spare backup; consul_upstream web hold=0;"),
+        NO_RETRY,
+    );
     let served = churn(&stage, &nginx, &mut [&mut primaries, &mut backups]);
     assert!(served.backends.keys().any(|name| name.starts_with("spare")), "{served}");
     backups_wait_for_their_turn(&stage, &nginx, primaries, "spare");

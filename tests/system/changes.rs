@@ -240,7 +240,7 @@ fn two_lines_feed_one_upstream() {
     let fixed = Backend::start(&stage.net, 20, "fixed");
     stage.register([&web, &api, &old]);
     let lines = format!(
-        "consul_upstream web; server {}; consul_upstream api tag=v2 weight=2;",
+        "consul_upstream web hold=0; server {}; consul_upstream api tag=v2 weight=2 hold=0;",
         fixed.addr()
     );
     let nginx = stage.nginx().upstream("both", &lines).start();
@@ -313,7 +313,7 @@ fn upstreams_that_ask_for_different_things_do_not() {
 fn from_none_to_some_and_back_twice() {
     let stage = Stage::set("none_some_none");
     let instances: [Instance; 3] = stage.web();
-    let nginx = stage.nginx().workers(2).upstream("web", "consul_upstream web;").start();
+    let nginx = stage.nginx().workers(2).upstream("web", "consul_upstream web hold=0;").start();
     for round in 1..=2 {
         every_worker_serves(&nginx, &["502"]);
         nginx.wait_log("no live upstreams", round, PATIENCE);
@@ -422,12 +422,12 @@ fn two_datacenters_and_a_static_backup() {
     far.register(&there.service);
 
     let lines = format!(
-        "consul_upstream web; consul_upstream web dc=dc2 backup; server {} backup;",
+        "consul_upstream web; consul_upstream web dc=dc2 backup hold=0; server {} backup;",
         fixed.addr()
     );
     let nginx = asking(&net, &dir, &near.url())
         .upstream("web", &lines)
-        .upstream("far", "consul_upstream web dc=dc2;")
+        .upstream("far", "consul_upstream web dc=dc2 hold=0;")
         .start();
     let [web, only_far] = nginx.addrs() else { panic!("two servers") };
     serves_now(*web, &["here"]);

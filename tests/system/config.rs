@@ -61,7 +61,9 @@ fn mistakes_in_the_parameters_of_a_source() {
         "foo",
         "foo=1",
         "=",
-        "guard=50%",
+        "guard=50",
+        "hold=soon",
+        "panic=many",
         "filter=x",
         "slow_start=10s",
         "resolve",
@@ -407,7 +409,7 @@ fn beside_a_static_backup_alone() {
     let stage = Stage::set("config_backup");
     let [one] = stage.web();
     let fixed = Backend::start(&stage.net, 20, "fixed");
-    let lines = format!("consul_upstream web; server {} backup;", fixed.addr());
+    let lines = format!("consul_upstream web hold=0; server {} backup;", fixed.addr());
     let nginx = stage.nginx().upstream("web", &lines).start();
     serves_now(nginx.addr(), &["fixed"]);
     stage.register([&one]);
@@ -580,8 +582,9 @@ fn example_classic() {
     example.stage.consul.register(&other.service.clone().tag("app"));
     // The line's weight, as the template wrote it.
     shares(nginx.addr(), &[("app", 10), ("other", 10)]);
-    example.stage.consul.deregister("app");
-    example.stage.consul.deregister("other");
+    // All of them: by maintenance, which is never held.
+    example.stage.consul.maintenance("app", true, "a test");
+    example.stage.consul.maintenance("other", true, "a test");
     serves(nginx.addr(), &["502"]);
 }
 
@@ -602,7 +605,7 @@ fn example_datacenters() {
     serves(nginx.addr(), &["here"]);
     example.stage.consul.maintenance("here", true, "a test");
     serves(nginx.addr(), &["fixed", "there"]);
-    far.deregister("there");
+    far.maintenance("there", true, "a test");
     serves(nginx.addr(), &["fixed"]);
     fixed.stop();
     watch("the page of an upstream without servers", || {

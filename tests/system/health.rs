@@ -9,8 +9,8 @@ use crate::common::{Instance, Serve, Stage, serves, serves_now, shares};
 fn one_for_each(stage: &Stage) -> Nginx {
     stage
         .nginx()
-        .upstream("passing", "consul_upstream web health=passing;")
-        .upstream("warning", "consul_upstream web health=warning;")
+        .upstream("passing", "consul_upstream web health=passing hold=0;")
+        .upstream("warning", "consul_upstream web health=warning hold=0;")
         .upstream("any", "consul_upstream web health=any;")
         .upstream("default", "consul_upstream web;")
         .start()

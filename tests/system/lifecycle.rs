@@ -328,7 +328,7 @@ fn one_process_alone_starts_reloads_and_stops() {
     for n in 1..=3 {
         nginx.configure(|_| {
             conf.clone()
-                .http("upstream api { zone api 256k; consul_upstream api; }")
+                .http("upstream api { zone api 256k; consul_upstream api hold=0; }")
                 .server_on(addr, "api")
         });
         nginx.reload_without_waiting();

@@ -6,6 +6,7 @@
 
 mod common;
 mod fake_consul;
+mod guard;
 
 mod balancers;
 mod changes;

@@ -95,7 +95,7 @@ fn two_upstreams_share_a_zone() {
         .nginx()
         .workers(2)
         .http("upstream web { zone shared 512k; consul_upstream web; }")
-        .http("upstream api { zone shared; least_conn; consul_upstream api; keepalive 4; }")
+        .http("upstream api { zone shared; least_conn; consul_upstream api hold=0; keepalive 4; }")
         .server("web")
         .server("api")
         .start();

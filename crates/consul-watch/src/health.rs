@@ -3,11 +3,14 @@
 //! The answer as a whole must have the right shape, or nothing of it is taken. A value inside one
 //! entry that makes no sense (a port of 70000, a weight of −1) is that instance's matter alone.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, printable};
 use crate::instance::{Instance, Status, Weights, address};
+use crate::policy::meta::PREFIX;
 
 /// More instances of one service than any upstream is meant for; a bound on memory.
 pub const MAX_INSTANCES: usize = 100_000;
@@ -37,6 +40,7 @@ struct Service {
     port: Option<Value>,
     tags: Option<Vec<String>>,
     weights: Option<WeightValues>,
+    meta: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Deserialize)]
@@ -85,6 +89,11 @@ impl Entry {
             tags: self.service.tags.unwrap_or_default(),
             status: checks.iter().map(Check::status).max().unwrap_or(Status::Passing),
             weights: self.service.weights.map(WeightValues::judge).unwrap_or_default(),
+            meta: {
+                let mut meta = self.service.meta.unwrap_or_default();
+                meta.retain(|key, _| key.starts_with(PREFIX));
+                meta
+            },
             node: self.node.node,
             id: self.service.id,
         }
@@ -158,6 +167,7 @@ mod tests {
                 tags: vec!["app".into()],
                 status: Status::Passing,
                 weights: Weights { passing: 3, warning: 0 },
+                meta: BTreeMap::new(),
             }]
         );
     }

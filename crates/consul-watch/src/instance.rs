@@ -1,5 +1,6 @@
 //! One registered instance, as Consul's answer describes it.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use thiserror::Error;
@@ -19,6 +20,8 @@ pub struct Instance {
     pub status: Status,
     /// Its weights.
     pub weights: Weights,
+    /// What of its `Meta` is meant for nginx: the keys that begin with `nginx_`.
+    pub meta: BTreeMap<String, String>,
 }
 
 /// How healthy an instance is, from the best to the worst.

@@ -1,11 +1,18 @@
-//! Which instances serve, and at what weight.
+//! Which instances serve, at what weight, and why the others do not.
 //!
-//! Pure functions of a snapshot: what they are given decides what they say.
+//! Pure functions of a snapshot, the line's settings and, where losses are held back
+//! ([`guard`]), of what served before: what they are given decides what they say.
 
 use std::fmt;
 use std::net::SocketAddr;
 
 use crate::instance::{Instance, Status, Unusable};
+
+pub mod guard;
+pub(crate) mod meta;
+
+pub use guard::{Guard, Key, Serving};
+pub use meta::{Ignored, Overrides};
 
 /// What an upstream asks of an instance before it serves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,8 +21,12 @@ pub struct Selection {
     pub tags: Vec<String>,
     /// The worst status that still serves.
     pub health: Health,
-    /// This weight instead of Consul's.
+    /// This weight instead of Consul's; an instance's own `Meta` wins over it.
     pub weight: Option<u32>,
+    /// What losses are held back.
+    pub guard: guard::Settings,
+    /// In percent: when fewer of the registered instances are healthy, all serve; 0 is never.
+    pub panic: u8,
 }
 
 /// The worst status that still serves. Maintenance never does.
@@ -51,6 +62,28 @@ pub struct Peer {
     pub address: SocketAddr,
     /// Its weight, at least 1.
     pub weight: u32,
+    /// What its `Meta` says beside the weight.
+    pub overrides: Overrides,
+    /// Keys of its `Meta` whose values are of no use.
+    pub ignored: Vec<Ignored>,
+    /// Its status.
+    pub status: Status,
+}
+
+impl Peer {
+    /// By what it is known.
+    pub fn key(&self) -> Key {
+        (self.node.clone(), self.id.clone())
+    }
+}
+
+/// An instance that does not serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Excluded {
+    /// By what it is known.
+    pub key: Key,
+    /// Why.
+    pub reason: Reason,
 }
 
 /// Why an instance does not serve.
@@ -83,12 +116,27 @@ impl fmt::Display for Reason {
     }
 }
 
+/// What a snapshot alone says of all instances.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Those that should serve, in the order they came.
+    pub serve: Vec<Peer>,
+    /// The others.
+    pub excluded: Vec<Excluded>,
+    /// Too few are healthy: all that could serve do.
+    pub panic: bool,
+}
+
 /// Judges one instance.
 pub fn judge(selection: &Selection, instance: &Instance) -> Result<Peer, Reason> {
+    judge_at(selection, instance, selection.health.worst())
+}
+
+fn judge_at(selection: &Selection, instance: &Instance, worst: Status) -> Result<Peer, Reason> {
     if !selection.tags.iter().all(|tag| instance.tags.contains(tag)) {
         return Err(Reason::Tag);
     }
-    if instance.status > selection.health.worst() {
+    if instance.status > worst {
         return Err(match instance.status {
             Status::Maintenance => Reason::Maintenance,
             Status::Critical => Reason::Critical,
@@ -96,18 +144,50 @@ pub fn judge(selection: &Selection, instance: &Instance) -> Result<Peer, Reason>
         });
     }
     let address = instance.address.map_err(Reason::Unusable)?;
-    let weight = match (instance.weights.at(instance.status), selection.weight) {
-        // 0 takes it out of rotation, whatever else is set.
-        (0, _) => return Err(Reason::WeightZero),
-        (_, Some(weight)) => weight,
-        (weight, None) => u32::from(weight),
+    let (overrides, ignored) = Overrides::read(&instance.meta);
+    // 0 takes it out of rotation, whatever else is set.
+    let weight = match instance.weights.at(instance.status) {
+        0 => return Err(Reason::WeightZero),
+        weight => overrides.weight.or(selection.weight).unwrap_or(u32::from(weight)),
     };
-    Ok(Peer { node: instance.node.clone(), id: instance.id.clone(), address, weight })
+    Ok(Peer {
+        node: instance.node.clone(),
+        id: instance.id.clone(),
+        address,
+        weight,
+        overrides,
+        ignored,
+        status: instance.status,
+    })
 }
 
-/// The instances that should serve, in the order they came.
-pub fn select(selection: &Selection, instances: &[Instance]) -> Vec<Peer> {
-    instances.iter().filter_map(|instance| judge(selection, instance).ok()).collect()
+/// Judges all instances of a snapshot.
+pub fn select(selection: &Selection, instances: &[Instance]) -> Verdict {
+    let normal = select_at(selection, instances, selection.health.worst());
+    if selection.panic == 0 {
+        return normal;
+    }
+    // Those that a check alone keeps out are what the share is taken of: an instance without the
+    // tag, or in maintenance, is none of this line's.
+    let all = select_at(selection, instances, Status::Critical);
+    if normal.serve.len() * 100 < all.serve.len() * usize::from(selection.panic) {
+        return Verdict { panic: true, ..all };
+    }
+    normal
+}
+
+fn select_at(selection: &Selection, instances: &[Instance], worst: Status) -> Verdict {
+    let mut verdict = Verdict::default();
+    for instance in instances {
+        match judge_at(selection, instance, worst) {
+            Ok(peer) => verdict.serve.push(peer),
+            Err(reason) => {
+                let key = (instance.node.clone(), instance.id.clone());
+                verdict.excluded.push(Excluded { key, reason });
+            }
+        }
+    }
+    verdict
 }
 
 #[cfg(test)]
@@ -125,6 +205,7 @@ mod tests {
             tags: vec!["app".into(), "blue".into()],
             status,
             weights: Weights { passing: 5, warning: 2 },
+            meta: Default::default(),
         }
     }
 
@@ -209,7 +290,7 @@ mod tests {
         #[test]
         fn laxer_health_serves_no_less(all in proptest::collection::vec(any_instance(), 0..20)) {
             let serve = |health| {
-                select(&Selection { health, ..Default::default() }, &all)
+                select(&Selection { health, ..Default::default() }, &all).serve
             };
             let (passing, warning, any) =
                 (serve(Health::Passing), serve(Health::Warning), serve(Health::Any));

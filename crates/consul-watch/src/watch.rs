@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::error::Error;
@@ -63,8 +63,9 @@ pub struct Snapshot {
 /// Who wants to know.
 pub trait Sink {
     /// The instances changed. Returns once the new set was taken over: until then the watch does
-    /// not go on.
-    fn changed(&mut self, snapshot: Arc<Snapshot>) -> impl Future<Output = ()>;
+    /// not go on. With a time as the result the watch asks the leader then, and calls again,
+    /// changed or not.
+    fn changed(&mut self, snapshot: Arc<Snapshot>) -> impl Future<Output = Option<Instant>>;
 
     /// A good answer came, changed or not; it is told before the change.
     fn answered(&mut self);
@@ -80,7 +81,17 @@ pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Inf
     let mut pace = Pace::default();
     loop {
         let ask = watch.next();
-        let answer = transport.ask(ask).await;
+        let answer = match watch.recheck {
+            Some(at) if matches!(ask, Ask::Blocking { .. }) => {
+                let Ok(answer) = timeout_at(at, transport.ask(ask)).await else {
+                    watch.index = None;
+                    continue;
+                };
+                answer
+            }
+            // A consistent read is what a recheck asks for.
+            _ => transport.ask(ask).await,
+        };
         let begin = Instant::now();
         let verdict = answer.and_then(|answer| watch.judge(ask, answer));
         // The judging alone: while a set is taken over the watch waits, and costs nothing.
@@ -102,7 +113,7 @@ pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Inf
                     Verdict::Changed(snapshot) => {
                         sink.answered();
                         backoff.reset();
-                        sink.changed(snapshot.clone()).await;
+                        watch.recheck = sink.changed(snapshot.clone()).await;
                         watch.advance(snapshot.index);
                         watch.last = Some(snapshot);
                     }
@@ -125,6 +136,8 @@ struct Watch {
     high: u64,
     /// What was taken over last.
     last: Option<Arc<Snapshot>>,
+    /// When the sink wants to be called again, whatever the answer.
+    recheck: Option<Instant>,
 }
 
 enum Verdict {
@@ -153,9 +166,14 @@ impl Watch {
         }
         let instances = health::parse(&answer.body)?;
         Ok(match &self.last {
-            Some(last) if last.instances == instances => Verdict::Same { index },
+            Some(last) if last.instances == instances && !self.is_due() => Verdict::Same { index },
             _ => Verdict::Changed(Arc::new(Snapshot { index, instances })),
         })
+    }
+
+    /// Whether the sink is to be called again.
+    fn is_due(&self) -> bool {
+        self.recheck.is_some_and(|at| Instant::now() >= at)
     }
 
     fn advance(&mut self, index: u64) {

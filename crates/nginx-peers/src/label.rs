@@ -8,21 +8,31 @@ const ID: usize = 88;
 /// The longest node name that is kept, in bytes.
 const NODE: usize = 64;
 
-/// An instance's node and service ID: which one it is, whatever its address.
+/// What a label begins with: that it is one, and of which form.
+const MAGIC: [u8; 2] = [0xC5, 1];
+
+/// An instance's node and service ID: which one it is, whatever its address; and the source that
+/// it comes from.
 ///
 /// It stands in shared memory behind the text of the peer's `server`, so that a worker that takes
 /// over the list knows what it finds. Both texts are safe to log: what is not printable ASCII is
 /// escaped, and what is too long is cut.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Label {
     node: String,
     id: String,
+    source: u64,
 }
 
 impl Label {
-    /// The label of an instance.
-    pub fn new(node: &str, id: &str) -> Self {
-        Self { node: cut(node, NODE), id: cut(id, ID) }
+    /// The label of an instance. The source is a number that the caller knows it by again.
+    pub fn new(node: &str, id: &str, source: u64) -> Self {
+        Self { node: cut(node, NODE), id: cut(id, ID), source }
+    }
+
+    /// Where the instance comes from.
+    pub fn source(&self) -> u64 {
+        self.source
     }
 
     /// The service ID.
@@ -37,11 +47,13 @@ impl Label {
 
     /// How many bytes [`Self::encode`] appends.
     pub(crate) fn encoded_len(&self) -> usize {
-        2 + self.node.len() + self.id.len()
+        MAGIC.len() + size_of::<u64>() + 2 + self.node.len() + self.id.len()
     }
 
     /// Appends the label to a peer's text: each part with its length in front.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&self.source.to_ne_bytes());
         for part in [&self.node, &self.id] {
             // At most 88: `cut` saw to it.
             out.push(part.len() as u8);
@@ -49,14 +61,19 @@ impl Label {
         }
     }
 
-    /// Reads a label; `bytes` gives one byte at a time, from behind the peer's text.
-    pub(crate) fn decode(mut bytes: impl FnMut() -> u8) -> Self {
+    /// Reads a label; `bytes` gives one byte at a time, from behind the peer's text. `None` for
+    /// what is no label of this form: another version of the module may have left it.
+    pub(crate) fn decode(mut bytes: impl FnMut() -> u8) -> Option<Self> {
+        if !MAGIC.into_iter().all(|byte| bytes() == byte) {
+            return None;
+        }
+        let source = u64::from_ne_bytes(std::array::from_fn(|_| bytes()));
         let mut part = || {
             let len = bytes();
             let text: Vec<u8> = (0..len).map(|_| bytes()).collect();
             String::from_utf8_lossy(&text).into_owned()
         };
-        Self { node: part(), id: part() }
+        Some(Self { node: part(), id: part(), source })
     }
 }
 
@@ -92,24 +109,33 @@ mod tests {
 
     #[test]
     fn texts_are_printable_and_bounded() {
-        let label = Label::new("n\n1", "we\"b\u{202e}");
+        let label = Label::new("n\n1", "we\"b\u{202e}", 7);
         assert_eq!((label.node(), label.id()), ("n\\n1", "we\\\"b\\u{202e}"));
-        let label = Label::new(&"n".repeat(500), &"é".repeat(500));
+        let label = Label::new(&"n".repeat(500), &"é".repeat(500), 7);
         assert_eq!(label.node().len(), NODE);
         // Whole escapes, six bytes each.
         assert_eq!(label.id().len(), ID / 6 * 6);
     }
 
+    #[test]
+    fn what_is_no_label_is_not_read_as_one() {
+        for bytes in [[0, 0], [0xC5, 2], [b'w', b'e']] {
+            let mut bytes = bytes.into_iter();
+            // It would panic if it read on.
+            assert_eq!(Label::decode(|| bytes.next().unwrap()), None);
+        }
+    }
+
     proptest! {
         #[test]
-        fn what_is_written_is_read(node in "\\PC{0,80}", id in ".{0,120}") {
-            let label = Label::new(&node, &id);
+        fn what_is_written_is_read(node in "\\PC{0,80}", id in ".{0,120}", source: u64) {
+            let label = Label::new(&node, &id, source);
             prop_assert!(label.to_string().bytes().all(|b| (b' '..=b'~').contains(&b)));
             let mut bytes = Vec::new();
             label.encode(&mut bytes);
             prop_assert_eq!(bytes.len(), label.encoded_len());
             let mut bytes = bytes.into_iter();
-            prop_assert_eq!(Label::decode(|| bytes.next().unwrap()), label);
+            prop_assert_eq!(Label::decode(|| bytes.next().unwrap()), Some(label));
         }
     }
 }

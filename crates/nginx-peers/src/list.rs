@@ -252,7 +252,8 @@ impl<'a, L: PeersAbi> Side<'a, L> {
             let mut peer = *anchor;
             while !peer.is_null() {
                 let (label, address, attributes) = zone::read(peer);
-                // Ours are all of IP; were one not, this address matches no wish, and it goes.
+                // Ours have a label and are of IP; were one not, it matches no wish, and it goes.
+                let label = label.unwrap_or_default();
                 let address = address.unwrap_or_else(|| ([0, 0, 0, 0], 0).into());
                 found.push(Found { label, address, attributes });
                 pointers.push(peer);
@@ -316,14 +317,14 @@ impl<'a, L: PeersAbi> Side<'a, L> {
                         if change {
                             attributes.push((peer, spec.attributes));
                         }
-                        counters.add(spec.attributes.weight as usize, *L::Peer::down(peer) != 0);
+                        counters.add(spec.attributes.weight as usize, spec.attributes.down);
                         peer
                     }
                     Step::Add { spec } => {
                         let spec = self.wanted.get(spec)?;
                         let new = Fresh::new(pool, spec)?;
                         let peer = new.as_ptr();
-                        counters.add(spec.attributes.weight as usize, false);
+                        counters.add(spec.attributes.weight as usize, spec.attributes.down);
                         fresh.push(new);
                         peer
                     }

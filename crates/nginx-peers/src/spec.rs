@@ -31,12 +31,14 @@ pub struct Attributes {
     pub max_fails: u32,
     /// In seconds.
     pub fail_timeout: u32,
+    /// In the list, but gets no requests.
+    pub down: bool,
 }
 
 impl Default for Attributes {
     /// nginx's own defaults.
     fn default() -> Self {
-        Self { weight: 1, max_conns: 0, max_fails: 1, fail_timeout: 10 }
+        Self { weight: 1, max_conns: 0, max_fails: 1, fail_timeout: 10, down: false }
     }
 }
 
@@ -62,7 +64,7 @@ pub(crate) mod tests {
 
     pub(crate) fn spec(id: &str, port: u16) -> Spec {
         Spec {
-            label: Label::new("n1", id),
+            label: Label::new("n1", id, 1),
             address: ([10, 0, 0, 1], port).into(),
             server: "web".into(),
             backup: false,
@@ -73,7 +75,7 @@ pub(crate) mod tests {
     #[test]
     fn sorted_by_node_and_id() {
         let mut other_node = spec("a", 1);
-        other_node.label = Label::new("n0", "z");
+        other_node.label = Label::new("n0", "z", 1);
         let all = arrange([spec("b", 2), spec("a", 3), other_node]);
         let ids: Vec<_> = all.iter().map(|s| s.label.id()).collect();
         assert_eq!(ids, ["z", "a", "b"]);

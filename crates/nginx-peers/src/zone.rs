@@ -175,6 +175,7 @@ pub(crate) unsafe fn write_attributes<P: PeerAbi>(peer: *mut P, attributes: &Att
         *P::max_conns(peer) = attributes.max_conns as _;
         *P::max_fails(peer) = attributes.max_fails as _;
         *P::fail_timeout(peer) = attributes.fail_timeout as _;
+        *P::down(peer) = attributes.down as _;
     }
 }
 
@@ -182,8 +183,11 @@ pub(crate) unsafe fn write_attributes<P: PeerAbi>(peer: *mut P, attributes: &Att
 ///
 /// # Safety
 ///
-/// `peer` is live and was made by [`Fresh::new`], and this process is the one that edits its list.
-pub(crate) unsafe fn read<P: PeerAbi>(peer: *mut P) -> (Label, Option<SocketAddr>, Attributes) {
+/// `peer` is live and was made by [`Fresh::new`] of this or another version, which puts a label
+/// behind the server's text; and this process is the one that edits its list.
+pub(crate) unsafe fn read<P: PeerAbi>(
+    peer: *mut P,
+) -> (Option<Label>, Option<SocketAddr>, Attributes) {
     // SAFETY: the fields read here are written before the peer is linked, or by this process; the
     // label stands behind the server's text, in the same allocation.
     unsafe {
@@ -199,6 +203,7 @@ pub(crate) unsafe fn read<P: PeerAbi>(peer: *mut P) -> (Label, Option<SocketAddr
             max_conns: *P::max_conns(peer) as u32,
             max_fails: *P::max_fails(peer) as u32,
             fail_timeout: *P::fail_timeout(peer) as u32,
+            down: *P::down(peer) != 0,
         };
         (label, read_address(*P::sockaddr(peer)), attributes)
     }

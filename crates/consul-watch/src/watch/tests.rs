@@ -33,18 +33,25 @@ enum Told {
 }
 
 #[derive(Default)]
-struct Listener(Vec<Told>);
+struct Listener {
+    told: Vec<Told>,
+    /// To be called again so long after each change, so often.
+    recheck: Option<(Duration, u32)>,
+}
 
 impl Sink for Listener {
-    async fn changed(&mut self, snapshot: Arc<Snapshot>) {
+    async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
         let ids = snapshot.instances.iter().map(|i| i.id.clone()).collect();
-        self.0.push(Told::Changed(snapshot.index, ids));
+        self.told.push(Told::Changed(snapshot.index, ids));
+        let (after, times) = self.recheck.as_mut()?;
+        *times = times.checked_sub(1)?;
+        Some(Instant::now() + *after)
     }
     fn answered(&mut self) {
-        self.0.push(Told::Answered);
+        self.told.push(Told::Answered);
     }
     fn failed(&mut self, error: &Error) {
-        self.0.push(Told::Failed(error.cause()));
+        self.told.push(Told::Failed(error.cause()));
     }
 }
 
@@ -61,12 +68,18 @@ fn answer(index: u64, ids: &[&str]) -> Result<Answer, Error> {
 async fn run(
     answers: impl IntoIterator<Item = Result<Answer, Error>>,
 ) -> (Vec<(Duration, Ask)>, Vec<Told>) {
+    run_with(Listener::default(), answers).await
+}
+
+async fn run_with(
+    mut listener: Listener,
+    answers: impl IntoIterator<Item = Result<Answer, Error>>,
+) -> (Vec<(Duration, Ask)>, Vec<Told>) {
     let mut script = Script { answers: answers.into_iter().collect(), ..Default::default() };
-    let mut listener = Listener::default();
     let _ =
         tokio::time::timeout(Duration::from_secs(3600), follow(&mut script, &mut listener)).await;
     assert!(script.answers.is_empty(), "the watch stopped asking");
-    (script.asked, listener.0)
+    (script.asked, listener.told)
 }
 
 fn asks(asked: &[(Duration, Ask)]) -> Vec<Ask> {
@@ -192,7 +205,7 @@ async fn an_agent_that_never_waits_does_not_make_it_spin() {
 async fn does_not_go_on_before_the_set_is_taken_over() {
     struct Stuck;
     impl Sink for Stuck {
-        async fn changed(&mut self, _: Arc<Snapshot>) {
+        async fn changed(&mut self, _: Arc<Snapshot>) -> Option<Instant> {
             std::future::pending().await
         }
         fn answered(&mut self) {}
@@ -203,4 +216,54 @@ async fn does_not_go_on_before_the_set_is_taken_over() {
     let end = tokio::time::timeout(Duration::from_secs(60), follow(&mut script, &mut Stuck)).await;
     assert!(end.is_err());
     assert_eq!(asks(&script.asked), [Consistent]);
+}
+
+/// A sink that holds something back is called again in time, by an answer of the leader, though
+/// Consul has nothing new to say; errors delay that, and nothing else.
+#[tokio::test(start_paused = true)]
+async fn asks_the_leader_when_the_sink_wants_to_know() {
+    let recheck = Some((Duration::from_secs(30), 1));
+    struct Waiting(Script);
+    impl Transport for Waiting {
+        async fn ask(&mut self, ask: Ask) -> Result<Answer, Error> {
+            // Long polls end with the wait, or never.
+            if let (Ask::Blocking { .. }, Some(Ok(_)) | None) = (ask, self.0.answers.front()) {
+                let begin = *self.0.begin.get_or_insert_with(Instant::now);
+                self.0.asked.push((begin.elapsed(), ask));
+                return std::future::pending().await;
+            }
+            self.0.ask(ask).await
+        }
+    }
+    let answers = [answer(7, &["a"]), answer(7, &["a"])];
+    let mut script = Waiting(Script { answers: answers.into(), ..Default::default() });
+    let mut listener = Listener { recheck, ..Default::default() };
+    let end =
+        tokio::time::timeout(Duration::from_secs(3600), follow(&mut script, &mut listener)).await;
+    assert!(end.is_err());
+    assert_eq!(asks(&script.0.asked), [Consistent, blocking(7), Consistent, blocking(7)]);
+    assert_eq!(script.0.asked[2].0.as_secs(), 30);
+    assert_eq!(listener.told, [Answered, changed(7, &["a"]), Answered, changed(7, &["a"])]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recheck_survives_errors() {
+    let recheck = Some((Duration::from_millis(1), 1));
+    let (asked, told) = run_with(
+        Listener { recheck, ..Default::default() },
+        [answer(7, &["a"]), Err(Error::Timeout), Err(Error::Timeout), answer(7, &["a"])],
+    )
+    .await;
+    assert_eq!(asks(&asked)[1..4], [blocking(7), Consistent, Consistent]);
+    assert_eq!(
+        told,
+        [
+            Answered,
+            changed(7, &["a"]),
+            Failed(Cause::Transport),
+            Failed(Cause::Transport),
+            Answered,
+            changed(7, &["a"]),
+        ]
+    );
 }

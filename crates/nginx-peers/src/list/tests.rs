@@ -80,7 +80,7 @@ impl Upstream {
             .map(|peer| {
                 // SAFETY: a live peer of ours.
                 let (label, address, attributes) = unsafe { zone::read(*peer) };
-                (label, address.unwrap(), attributes)
+                (label.unwrap(), address.unwrap(), attributes)
             })
             .collect()
     }
@@ -153,7 +153,8 @@ fn adds_removes_and_changes_in_one_edit() {
     assert_eq!(*up.config, 2, "one change for the whole batch");
 
     let mut heavy = spec("b", 2);
-    heavy.attributes = Attributes { weight: 7, max_conns: 8, max_fails: 9, fail_timeout: 10 };
+    heavy.attributes =
+        Attributes { weight: 7, max_conns: 8, max_fails: 9, fail_timeout: 10, down: true };
     let second = [heavy, spec("c", 3)];
     let change = up.list.apply(&second).unwrap();
     assert_eq!((ids(&change.added), ids(&change.removed)), (vec!["c"], vec!["a"]));
@@ -293,11 +294,14 @@ fn a_full_zone_keeps_the_old_set_whatever_allocation_fails() {
 }
 
 fn sets() -> impl Strategy<Value = Vec<Vec<Spec>>> {
-    let one = (0..8u8, 1..10u16, 1..4u32, any::<bool>()).prop_map(|(id, port, weight, backup)| {
-        let mut spec = Spec { backup, ..spec(&id.to_string(), port) };
-        spec.attributes.weight = weight;
-        spec
-    });
+    let one = (0..8u8, 1..10u16, 1..4u32, any::<(bool, bool)>()).prop_map(
+        |(id, port, weight, (backup, down))| {
+            let mut spec = Spec { backup, ..spec(&id.to_string(), port) };
+            spec.attributes.weight = weight;
+            spec.attributes.down = down;
+            spec
+        },
+    );
     proptest::collection::vec(proptest::collection::vec(one, 0..12).prop_map(arrange), 1..12)
 }
 

@@ -1,0 +1,234 @@
+//! The set of an upstream, put together of what its lines know.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use consul_watch::agent::Address;
+use consul_watch::error::{Error, printable};
+use consul_watch::policy::{self, Guard, Key};
+use consul_watch::report::Report;
+use consul_watch::watch::{Sink, Snapshot};
+use consul_watch::{Query, Selection};
+use nginx_peers::Spec;
+use nginx_peers::spec::arrange;
+use nginx_sys::{NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN};
+use tokio::time::Instant;
+
+use super::handoff::{Handoff, Note, Update};
+use super::plan::{Line, UpstreamPlan, WatchPlan};
+
+/// One upstream.
+pub struct Assembly {
+    name: String,
+    lines: RefCell<Vec<Known>>,
+}
+
+/// A line, and what it knows.
+struct Known {
+    line: Line,
+    guard: Guard,
+    /// What serves. Until the line has had an answer these are the peers that were there before:
+    /// that it has had none says nothing against them.
+    specs: Vec<Spec>,
+    /// How many instances Consul has registered; none before the first answer.
+    registered: Option<usize>,
+    /// How many serve only because they are held.
+    held: usize,
+    /// All serve, because too few are healthy.
+    panic: bool,
+}
+
+/// What a snapshot made of a line.
+struct Judged {
+    update: Update,
+    /// When to ask Consul again.
+    until: Option<Instant>,
+    /// What is worth a line in the log beside the change itself.
+    notes: Vec<Note>,
+}
+
+impl Assembly {
+    /// An upstream that has the peers `before`.
+    pub fn new(plan: UpstreamPlan, before: &[Spec]) -> Self {
+        let lines = plan.lines.into_iter().map(|line| Known::new(line, before)).collect();
+        Self { name: plan.name, lines: RefCell::new(lines) }
+    }
+
+    /// A line's instances changed: what the upstream's set is now.
+    fn changed(&self, line: usize, snapshot: &Snapshot) -> Option<Judged> {
+        let mut lines = self.lines.borrow_mut();
+        let (until, notes) = lines.get_mut(line)?.judge(snapshot);
+        // Each instance once, whatever the number of lines that look at it.
+        let registered: HashMap<&Query, usize> =
+            lines.iter().filter_map(|known| Some((&known.line.query, known.registered?))).collect();
+        let update = Update {
+            specs: Arc::new(arrange(lines.iter().flat_map(|known| known.specs.iter().cloned()))),
+            registered: registered.values().sum(),
+            index: snapshot.index,
+            complete: lines.iter().all(|known| known.registered.is_some()),
+        };
+        Some(Judged { update, until, notes })
+    }
+}
+
+impl Known {
+    fn new(line: Line, before: &[Spec]) -> Self {
+        let specs: Vec<Spec> =
+            before.iter().filter(|spec| spec.label.source() == line.source).cloned().collect();
+        let mut guard = line.selection.guard();
+        guard.restore(specs.iter().map(|spec| line.peer(spec)));
+        Self { line, guard, specs, registered: None, held: 0, panic: false }
+    }
+
+    /// What the instances mean for this line; when to ask again, and what to tell of it.
+    fn judge(&mut self, snapshot: &Snapshot) -> (Option<Instant>, Vec<Note>) {
+        let verdict = policy::select(&self.line.selection, &snapshot.instances);
+        let serving = self.guard.judge(&verdict, Instant::now());
+        let was_held = std::mem::replace(&mut self.held, serving.held.len());
+        let panicked = std::mem::replace(&mut self.panic, verdict.panic);
+        let served = serving.peers.len();
+        self.specs = serving.peers.into_iter().map(|peer| self.line.spec(peer)).collect();
+        self.registered = Some(snapshot.instances.len());
+
+        let Selection { guard, panic, .. } = &self.line.selection;
+        let hold = Seconds(guard.hold);
+        let mut notes = Vec::new();
+        let mut note = |level, text| notes.push(Note { level, text });
+        match (was_held, self.held) {
+            (0, 0) => (),
+            (0, held) => {
+                let names = Names(&serving.held);
+                note(
+                    NGX_LOG_WARN,
+                    format!(
+                        "Consul takes {held} of {served} instances out ({names}), they are held \
+                         for {hold}"
+                    ),
+                );
+            }
+            (_, 0) if serving.honoured => note(
+                NGX_LOG_WARN,
+                format!("Consul still says so after {hold}: {was_held} instances are let go"),
+            ),
+            (_, 0) => note(NGX_LOG_NOTICE, "nothing is held any longer".into()),
+            _ => (),
+        }
+        match (panicked, self.panic) {
+            (false, true) => note(
+                NGX_LOG_WARN,
+                format!("fewer than {panic}% of the instances are healthy, all of them serve"),
+            ),
+            (true, false) => note(NGX_LOG_NOTICE, "enough instances are healthy again".into()),
+            _ => (),
+        }
+        (serving.until, notes)
+    }
+}
+
+/// All lines that share a watch, and what their upstreams' logs were told.
+pub struct Lines {
+    lines: Vec<(usize, usize)>,
+    upstreams: Rc<Vec<Assembly>>,
+    handoff: Arc<Handoff>,
+    service: String,
+    address: Address,
+    report: Report,
+}
+
+impl Lines {
+    pub fn new(watch: &WatchPlan, upstreams: Rc<Vec<Assembly>>, handoff: Arc<Handoff>) -> Self {
+        Self {
+            lines: watch.lines.clone(),
+            upstreams,
+            handoff,
+            service: printable(watch.query.service().as_bytes(), 100),
+            address: watch.agent.address.clone(),
+            report: Report::default(),
+        }
+    }
+
+    /// The upstreams of these lines, each once.
+    fn upstreams(&self) -> impl Iterator<Item = &Assembly> {
+        let mut numbers: Vec<usize> = self.lines.iter().map(|(upstream, _)| *upstream).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.into_iter().filter_map(|number| self.upstreams.get(number))
+    }
+
+    fn note(&self, level: u32, text: &str) {
+        self.upstreams().for_each(|upstream| self.note_of(upstream, level, text));
+    }
+
+    fn note_of(&self, upstream: &Assembly, level: u32, text: &str) {
+        let (name, service, address) = (&upstream.name, &self.service, &self.address);
+        let text =
+            format!("consul: upstream \"{name}\": service \"{service}\" at {address}: {text}");
+        self.handoff.note(level, text);
+    }
+}
+
+impl Sink for Lines {
+    async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+        // Of two lines of one upstream the later one's set holds the earlier one's, too.
+        let mut updates = BTreeMap::new();
+        let mut again: Option<Instant> = None;
+        for (upstream, line) in &self.lines {
+            if let Some(assembly) = self.upstreams.get(*upstream)
+                && let Some(Judged { update, until, notes }) = assembly.changed(*line, &snapshot)
+            {
+                updates.insert(*upstream, update);
+                again = again.into_iter().chain(until).min();
+                for Note { level, text } in notes {
+                    self.note_of(assembly, level, &text);
+                }
+            }
+        }
+        self.handoff.give(updates).await;
+        again
+    }
+
+    fn answered(&mut self) {
+        if let Some(away) = self.report.answered() {
+            let text = format!("answers again, after {}", Seconds(away));
+            self.note(NGX_LOG_NOTICE, &text);
+        }
+    }
+
+    fn failed(&mut self, error: &Error) {
+        if self.report.failed(error) {
+            self.note(NGX_LOG_ERR, &error.to_string());
+        }
+    }
+}
+
+/// Some of the instances in a set, by service ID.
+struct Names<'a>(&'a BTreeSet<Key>);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const NAMED: usize = 4;
+        for (n, (_, id)) in self.0.iter().take(NAMED).enumerate() {
+            let comma = if n == 0 { "" } else { ", " };
+            write!(f, "{comma}{}", printable(id.as_bytes(), 88))?;
+        }
+        if self.0.len() > NAMED { f.write_str(", ...") } else { Ok(()) }
+    }
+}
+
+/// A duration as a person says it.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            0 => write!(f, "{}ms", self.0.as_millis()),
+            s @ 1..60 => write!(f, "{s}s"),
+            s @ 60..3600 => write!(f, "{}m{}s", s / 60, s % 60),
+            s => write!(f, "{}h{}m", s / 3600, s % 3600 / 60),
+        }
+    }
+}
