@@ -9,6 +9,64 @@ use nginx_sys::{
     ngx_slab_pool_t, ngx_str_t, ngx_uint_t, sockaddr, socklen_t, time_t,
 };
 
+/// The fields of a peer that are used here, for `declare!` and `define!`.
+macro_rules! peer_fields {
+    ($apply:ident) => {
+        $apply! {
+            /// The address, of `socklen` bytes.
+            sockaddr: *mut sockaddr;
+            /// The address's length.
+            socklen: socklen_t;
+            /// The address as text.
+            name: ngx_str_t;
+            /// What the configuration calls it.
+            server: ngx_str_t;
+            /// The weight that failures lower.
+            effective_weight: ngx_int_t;
+            /// The weight.
+            weight: ngx_int_t;
+            /// The most connections at a time; 0 for no limit.
+            max_conns: ngx_uint_t;
+            /// Failures until it is left alone; 0 for never.
+            max_fails: ngx_uint_t;
+            /// For how many seconds it is left alone.
+            fail_timeout: time_t;
+            /// Not 0: out of rotation.
+            down: ngx_uint_t;
+            /// Requests that hold the peer.
+            refs: ngx_uint_t;
+            /// The next peer.
+            next: *mut Self;
+            /// A TLS session, in the zone.
+            ssl_session: *mut core::ffi::c_void;
+        }
+    };
+}
+
+/// The fields of a list that are used here.
+macro_rules! list_fields {
+    ($apply:ident) => {
+        $apply! {
+            /// How many peers.
+            number: ngx_uint_t;
+            /// The zone's allocator.
+            shpool: *mut ngx_slab_pool_t;
+            /// Guards the links and the counters.
+            rwlock: ngx_atomic_t;
+            /// Counts the changes; shared by the list and its backups.
+            config: *mut ngx_uint_t;
+            /// The sum of the weights.
+            total_weight: ngx_uint_t;
+            /// Peers that are not down.
+            tries: ngx_uint_t;
+            /// The backups' list, or null.
+            next: *mut Self;
+            /// The first peer.
+            peer: *mut Self::Peer;
+        }
+    };
+}
+
 macro_rules! declare {
     ($($(#[$doc:meta])* $field:ident: $type:ty;)*) => {
         $(
@@ -23,7 +81,7 @@ macro_rules! declare {
 }
 
 macro_rules! define {
-    ($($field:ident: $type:ty;)*) => {
+    ($($(#[$doc:meta])* $field:ident: $type:ty;)*) => {
         $(
             unsafe fn $field(this: *mut Self) -> *mut $type {
                 // SAFETY: `this` points to a live structure, says the caller; no reference to it
@@ -41,34 +99,7 @@ macro_rules! define {
 /// The fields are those of nginx's structure of the same names, and `free_locked` frees all that
 /// a peer owns.
 pub unsafe trait PeerAbi: Sized {
-    declare! {
-        /// The address, of `socklen` bytes.
-        sockaddr: *mut sockaddr;
-        /// The address's length.
-        socklen: socklen_t;
-        /// The address as text.
-        name: ngx_str_t;
-        /// What the configuration calls it.
-        server: ngx_str_t;
-        /// The weight that failures lower.
-        effective_weight: ngx_int_t;
-        /// The weight.
-        weight: ngx_int_t;
-        /// The most connections at a time; 0 for no limit.
-        max_conns: ngx_uint_t;
-        /// Failures until it is left alone; 0 for never.
-        max_fails: ngx_uint_t;
-        /// For how many seconds it is left alone.
-        fail_timeout: time_t;
-        /// Not 0: out of rotation.
-        down: ngx_uint_t;
-        /// Requests that hold the peer.
-        refs: ngx_uint_t;
-        /// The next peer.
-        next: *mut Self;
-        /// A TLS session, in the zone.
-        ssl_session: *mut core::ffi::c_void;
-    }
+    peer_fields!(declare);
 
     /// Marks the peer to be freed by the last request that holds it.
     ///
@@ -102,24 +133,7 @@ pub unsafe trait PeersAbi: Sized {
     /// The peers of this list.
     type Peer: PeerAbi;
 
-    declare! {
-        /// How many peers.
-        number: ngx_uint_t;
-        /// The zone's allocator.
-        shpool: *mut ngx_slab_pool_t;
-        /// Guards the links and the counters.
-        rwlock: ngx_atomic_t;
-        /// Counts the changes; shared by the list and its backups.
-        config: *mut ngx_uint_t;
-        /// The sum of the weights.
-        total_weight: ngx_uint_t;
-        /// Peers that are not down.
-        tries: ngx_uint_t;
-        /// The backups' list, or null.
-        next: *mut Self;
-        /// The first peer.
-        peer: *mut Self::Peer;
-    }
+    list_fields!(declare);
 
     /// Sets the two flags that nginx derives from the counters.
     ///
@@ -131,21 +145,7 @@ pub unsafe trait PeersAbi: Sized {
 
 // SAFETY: all is of ngx_http_upstream_round_robin.h.
 unsafe impl PeerAbi for ngx_http_upstream_rr_peer_t {
-    define! {
-        sockaddr: *mut sockaddr;
-        socklen: socklen_t;
-        name: ngx_str_t;
-        server: ngx_str_t;
-        effective_weight: ngx_int_t;
-        weight: ngx_int_t;
-        max_conns: ngx_uint_t;
-        max_fails: ngx_uint_t;
-        fail_timeout: time_t;
-        down: ngx_uint_t;
-        refs: ngx_uint_t;
-        next: *mut Self;
-        ssl_session: *mut core::ffi::c_void;
-    }
+    peer_fields!(define);
 
     unsafe fn set_zombie(this: *mut Self) {
         // SAFETY: under the write lock nobody else has a use for the structure, and the bit field
@@ -186,16 +186,7 @@ unsafe impl PeerAbi for ngx_http_upstream_rr_peer_t {
 unsafe impl PeersAbi for ngx_http_upstream_rr_peers_t {
     type Peer = ngx_http_upstream_rr_peer_t;
 
-    define! {
-        number: ngx_uint_t;
-        shpool: *mut ngx_slab_pool_t;
-        rwlock: ngx_atomic_t;
-        config: *mut ngx_uint_t;
-        total_weight: ngx_uint_t;
-        tries: ngx_uint_t;
-        next: *mut Self;
-        peer: *mut Self::Peer;
-    }
+    list_fields!(define);
 
     unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool) {
         // SAFETY: under the write lock nobody else touches the two bits.

@@ -30,6 +30,8 @@ pub struct Full {
 pub(crate) struct Fresh<P: PeerAbi> {
     peer: *mut P,
     pool: *mut ngx_slab_pool_t,
+    /// It has all that nginx's own function frees with a peer.
+    whole: bool,
 }
 
 impl<P: PeerAbi> Fresh<P> {
@@ -47,7 +49,7 @@ impl<P: PeerAbi> Fresh<P> {
             if peer.is_null() {
                 return None;
             }
-            let fresh = Self { peer, pool };
+            let mut fresh = Self { peer, pool, whole: false };
 
             let address: *mut sockaddr = ngx_slab_calloc(pool, size_of::<ngx_sockaddr_t>()).cast();
             if address.is_null() {
@@ -81,6 +83,7 @@ impl<P: PeerAbi> Fresh<P> {
             if !P::prepare_session_id(peer, pool) {
                 return None;
             }
+            fresh.whole = true;
             write_attributes(peer, &spec.attributes);
             *P::effective_weight(peer) = *P::weight(peer);
             Some(fresh)
@@ -103,22 +106,22 @@ impl<P: PeerAbi> Fresh<P> {
 impl<P: PeerAbi> Drop for Fresh<P> {
     fn drop(&mut self) {
         // SAFETY: the peer was never linked, so nobody else has it, and it owns what its fields
-        // point to; one that is half built is freed piece by piece, as nginx's own function
-        // expects all of them.
+        // point to. One that is not whole is freed piece by piece: nginx's own function expects
+        // all of them, and a session ID, the last piece, is then not there.
         unsafe {
             ngx_shmtx_lock(&raw mut (*self.pool).mutex);
-            let parts: [*mut c_void; 3] = [
-                (*P::sockaddr(self.peer)).cast(),
-                (*P::name(self.peer)).data.cast(),
-                (*P::server(self.peer)).data.cast(),
-            ];
-            if parts.iter().any(|part| part.is_null()) {
+            if self.whole {
+                free_locked(self.peer, self.pool);
+            } else {
+                let parts: [*mut c_void; 4] = [
+                    (*P::sockaddr(self.peer)).cast(),
+                    (*P::name(self.peer)).data.cast(),
+                    (*P::server(self.peer)).data.cast(),
+                    self.peer.cast(),
+                ];
                 for part in parts.into_iter().filter(|part| !part.is_null()) {
                     ngx_slab_free_locked(self.pool, part);
                 }
-                ngx_slab_free_locked(self.pool, self.peer.cast());
-            } else {
-                free_locked(self.peer, self.pool);
             }
             ngx_shmtx_unlock(&raw mut (*self.pool).mutex);
         }
