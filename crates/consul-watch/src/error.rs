@@ -38,6 +38,16 @@ pub enum Error {
     /// The body is not what the health API answers.
     #[error("invalid answer: {0}")]
     Invalid(String),
+    /// Most entries are of no use, and fewer instances would be left: something writes nonsense.
+    #[error(
+        "{unusable} of {all} instances have no valid address and port, and fewer would be left"
+    )]
+    Unusable {
+        /// Without a valid address and port.
+        unusable: usize,
+        /// In the answer.
+        all: usize,
+    },
     /// More instances than an upstream may have.
     #[error("the answer has more than {limit} instances")]
     TooMany {
@@ -83,9 +93,11 @@ impl Error {
             Self::Transport(_) | Self::Timeout => Cause::Transport,
             Self::Denied => Cause::Denied,
             Self::Status { .. } => Cause::Status,
-            Self::TooLarge { .. } | Self::Index | Self::Invalid(_) | Self::TooMany { .. } => {
-                Cause::Invalid
-            }
+            Self::TooLarge { .. }
+            | Self::Index
+            | Self::Invalid(_)
+            | Self::Unusable { .. }
+            | Self::TooMany { .. } => Cause::Invalid,
         }
     }
 

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::backoff::Backoff;
 use crate::error::Error;
 use crate::health;
-use crate::instance::Instance;
+use crate::instance::{Instance, Unusable};
 use crate::pace::Pace;
 
 /// A question.
@@ -165,10 +165,24 @@ impl Watch {
             return Ok(Verdict::Suspicious);
         }
         let instances = health::parse(&answer.body)?;
+        self.check_use(&instances)?;
         Ok(match &self.last {
             Some(last) if last.instances == instances && !self.is_due() => Verdict::Same { index },
             _ => Verdict::Changed(Arc::new(Snapshot { index, instances })),
         })
+    }
+
+    /// An answer most of which is nonsense takes nothing away. At a start what is good of it serves.
+    fn check_use(&self, instances: &[Instance]) -> Result<(), Error> {
+        let Some(last) = &self.last else { return Ok(()) };
+        let usable = |all: &[Instance]| all.iter().filter(|one| one.address.is_ok()).count();
+        // A host name is no nonsense, though it is not resolved.
+        let nonsense = |one: &&Instance| one.address.is_err_and(|why| why != Unusable::Unresolved);
+        let (all, unusable) = (instances.len(), instances.iter().filter(nonsense).count());
+        if unusable * 2 > all && usable(instances) < usable(&last.instances) {
+            return Err(Error::Unusable { unusable, all });
+        }
+        Ok(())
     }
 
     /// Whether the sink is to be called again.

@@ -168,6 +168,39 @@ async fn an_error_keeps_the_set_and_asks_consistently() {
     );
 }
 
+/// As [`answer`], with addresses: an empty one is nonsense.
+fn addressed(index: u64, addresses: &[&str]) -> Result<Answer, Error> {
+    let entries: Vec<_> = addresses
+        .iter()
+        .enumerate()
+        .map(|(id, address)| {
+            json!({"Node": {"Node": "n"},
+                "Service": {"ID": id.to_string(), "Address": address, "Port": 80}})
+        })
+        .collect();
+    Ok(Answer { index, body: json!(entries).to_string().into_bytes() })
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_mostly_nonsense_takes_nothing_away() {
+    let good = || addressed(7, &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    let changes =
+        |told: Vec<Told>| told.iter().filter(|told| matches!(told, Told::Changed(..))).count();
+    for (second, refused) in [
+        (["10.0.0.1", "", ""], true),
+        (["10.0.0.1", "10.0.0.2", ""], false),
+        // Host names are not resolved, and no nonsense either.
+        (["10.0.0.1", "a.example", "b.example"], false),
+    ] {
+        let (_, told) = run([good(), addressed(8, &second)]).await;
+        assert_eq!(told.contains(&Failed(Cause::Invalid)), refused, "{second:?}");
+        assert_eq!(changes(told), if refused { 1 } else { 2 }, "{second:?}");
+    }
+    // At a start there is nothing to lose, and after a bad start any good one is a gain.
+    let (_, told) = run([addressed(7, &["10.0.0.1", "", ""]), good()]).await;
+    assert_eq!(changes(told), 2);
+}
+
 #[tokio::test(start_paused = true)]
 async fn backs_off_and_starts_over_after_an_answer() {
     let errors = |n| (0..n).map(|_| Err(Error::Timeout));
