@@ -20,10 +20,16 @@ use serde_json::{Value, json};
 use crate::dir::{read_lossy, tail};
 use crate::eventually::within;
 use crate::http::{Answer, Conn};
-use crate::{Dir, Net, Process, eventually, paths};
+use crate::{Dir, Net, Process, eventually, paths, processes};
 
+mod acl;
+mod cluster;
 mod service;
+mod tls;
+mod unix;
 
+pub use acl::{MASTER_TOKEN, Token};
+pub use cluster::Cluster;
 pub use service::{Check, Instance, Service, Status};
 
 /// How long an agent may take until it has a leader, and until it has ended.
@@ -40,6 +46,7 @@ const WAIT_TIMEOUT: Duration = Duration::from_secs(75);
 pub struct Consul {
     builder: Builder,
     process: Option<Process>,
+    paused: bool,
 }
 
 /// What an agent is started with.
@@ -47,6 +54,7 @@ pub struct Consul {
 pub struct Builder {
     ip: Ipv4Addr,
     http_port: u16,
+    https_port: u16,
     serf_lan_port: u16,
     serf_wan_port: u16,
     server_port: u16,
@@ -54,6 +62,9 @@ pub struct Builder {
     datacenter: String,
     wan: bool,
     persistent: bool,
+    acl: bool,
+    tls: Option<tls::Settings>,
+    unix_socket: bool,
     args: Vec<String>,
     dir: Dir,
 }
@@ -68,6 +79,7 @@ impl Consul {
         Builder {
             ip: net.ip(10),
             http_port: net.port(),
+            https_port: net.port(),
             serf_lan_port: net.port(),
             serf_wan_port: net.port(),
             server_port: net.port(),
@@ -75,6 +87,9 @@ impl Consul {
             datacenter: "dc1".into(),
             wan: false,
             persistent: false,
+            acl: false,
+            tls: None,
+            unix_socket: false,
             args: Vec::new(),
             dir: dir.clone(),
         }
@@ -105,7 +120,7 @@ impl Consul {
         for service in services {
             let body = service.registration().to_string();
             let path = "/v1/agent/service/register";
-            succeeded("PUT", path, conn.request("PUT", path, &[], body));
+            succeeded("PUT", path, self.ask(&mut conn, "PUT", path, body));
         }
         let mut by_name: BTreeMap<&str, Vec<&Service>> = BTreeMap::new();
         for service in services {
@@ -200,8 +215,18 @@ impl Consul {
 
     /// One request. What stands after `/v1` is up to the caller; any status is an answer.
     pub fn raw(&self, method: &str, path: &str, body: impl Into<Bytes>) -> io::Result<Answer> {
-        let mut conn = Conn::open(self.addr())?;
-        conn.request(method, path, &[], body)
+        self.ask(&mut Conn::open(self.addr())?, method, path, body)
+    }
+
+    /// The same with these headers and no token but one that is among them.
+    pub fn raw_with(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> io::Result<Answer> {
+        Conn::open(self.addr())?.request(method, path, headers, body)
     }
 
     /// A GET that has to succeed, and its JSON.
@@ -226,7 +251,7 @@ impl Consul {
         let path = format!("/v1/health/service/{}?index={index}&wait={WAIT}", encode(service));
         let mut conn = self.conn();
         conn.set_timeout(WAIT_TIMEOUT);
-        let answer = conn.get(&path);
+        let answer = self.ask(&mut conn, "GET", &path, "");
         let arrived = Instant::now();
         (arrived, index_of(&succeeded("GET", &path, answer)))
     }
@@ -237,9 +262,15 @@ impl Consul {
         self.process.as_mut().is_some_and(|process| process.ended().is_none())
     }
 
+    /// Whether it was neither ended nor paused.
+    fn answers(&self) -> bool {
+        self.process.is_some() && !self.paused
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.process = None;
+        self.paused = false;
     }
 
     /// Ends it as an operator would (SIGTERM); a server does not leave its datacenter then.
@@ -264,16 +295,21 @@ impl Consul {
         self.process = Some(self.builder.run().unwrap_or_else(|error| panic!("{error}")));
     }
 
-    /// SIGSTOP: connections stay and are still taken by the kernel, and nothing is answered.
+    /// SIGSTOP: connections stay and are still taken by the kernel, and nothing is answered from
+    /// when this returns.
     pub fn pause(&mut self) {
         if let Some(process) = &mut self.process {
             process.signal(Signal::STOP);
+            let pid = process.id();
+            eventually(START, "the agent stands still", || processes::stands_still(pid));
+            self.paused = true;
         }
     }
 
     pub fn resume(&mut self) {
         if let Some(process) = &mut self.process {
             process.signal(Signal::CONT);
+            self.paused = false;
         }
     }
 
@@ -314,7 +350,10 @@ impl Consul {
                 && checks.json().as_array().is_some_and(|checks| {
                     checks.iter().any(|c| c["CheckID"] == "serfHealth" && c["Status"] == "passing")
                 });
-            if well { Ok(()) } else { Err(format!("node {node}: {}", checks.text())) }
+            if !well {
+                return Err(format!("node {node}: {}", checks.text()));
+            }
+            if self.builder.acl { self.tokens_can_be_made() } else { Ok(()) }
         });
         let log = tail(&read_lossy(&self.builder.log_path()));
         if !self.is_running() {
@@ -327,6 +366,18 @@ impl Consul {
 
     fn conn(&self) -> Conn {
         Conn::open(self.addr()).unwrap_or_else(|error| panic!("Consul at {}: {error}", self.url()))
+    }
+
+    /// A request with the token that may do anything, where one is needed.
+    fn ask(
+        &self,
+        conn: &mut Conn,
+        method: &str,
+        path: &str,
+        body: impl Into<Bytes>,
+    ) -> io::Result<Answer> {
+        let token = self.builder.acl.then_some((acl::HEADER, MASTER_TOKEN));
+        conn.request(method, path, token.as_slice(), body)
     }
 
     fn service_name(&self, id: &str) -> String {
@@ -420,6 +471,11 @@ impl Builder {
         (self.ip, self.serf_lan_port).into()
     }
 
+    /// What it calls itself where it is asked for the leader.
+    fn server(&self) -> SocketAddr {
+        (self.ip, self.server_port).into()
+    }
+
     pub fn start(self) -> Consul {
         self.try_start().unwrap_or_else(|error| panic!("{error}"))
     }
@@ -432,8 +488,11 @@ impl Builder {
 
     /// Starts it without waiting: a server of several has no leader before the others run.
     pub fn spawn(self) -> Result<Consul, String> {
+        if let Some(tls) = &self.tls {
+            tls.write(&self);
+        }
         let process = self.run()?;
-        Ok(Consul { builder: self, process: Some(process) })
+        Ok(Consul { builder: self, process: Some(process), paused: false })
     }
 
     fn run(&self) -> Result<Process, String> {
@@ -456,8 +515,19 @@ impl Builder {
             .arg(port("dns", None))
             .arg(port("grpc", None))
             .arg("-log-level=warn");
-        if version(&binary)? >= (1, 14) {
+        let version = version(&binary)?;
+        if version >= (1, 14) {
             command.arg(port("grpc-tls", None));
+        }
+        if self.acl {
+            command.args(["-hcl", &acl::config(version)]);
+        }
+        if let Some(tls) = &self.tls {
+            command.arg(port("https", Some(self.https_port)));
+            command.args(["-hcl", &tls.config(self)]);
+        }
+        if self.unix_socket {
+            command.args(["-hcl", &unix::config(self)?]);
         }
         if self.persistent {
             command
@@ -483,7 +553,12 @@ impl Builder {
     }
 
     fn log_path(&self) -> PathBuf {
-        self.dir.join(format!("consul-{}-{}.log", self.datacenter, self.node))
+        self.own_path("log")
+    }
+
+    /// A file in the test's directory that belongs to this agent.
+    fn own_path(&self, extension: &str) -> PathBuf {
+        self.dir.join(format!("consul-{}-{}.{extension}", self.datacenter, self.node))
     }
 }
 
@@ -569,6 +644,40 @@ mod tests {
         assert_eq!(consul.health("web")[0].port, 81);
         consul.deregister(&id);
         assert!(consul.health("web").is_empty());
+    }
+
+    #[test]
+    fn addresses_of_every_kind() {
+        let (net, _dir, consul) = started("consul_addresses");
+        let (lan, wan): (SocketAddr, _) = ((net.ip(20), 80).into(), (net.ip(21), 8080).into());
+        consul.register_all(&[
+            Service::new("web", "1", lan).wan(wan),
+            Service::new("web", "2", lan).address("host.test").wan(wan),
+            Service::new("web", "3", lan).address(""),
+            Service::new("web", "4", lan).address("2001:db8::1"),
+        ]);
+        let entries = consul.get("/v1/health/service/web");
+        let entry = |id: &str| {
+            let entries = entries.as_array().unwrap();
+            entries.iter().find(|entry| entry["Service"]["ID"] == id).unwrap()["Service"].clone()
+        };
+        let tagged = |addr: &str, port: u16| json!({ "Address": addr, "Port": port });
+        let wan = tagged(&wan.ip().to_string(), 8080);
+        assert_eq!(entry("1")["TaggedAddresses"]["wan"], wan);
+        assert_eq!(entry("1")["TaggedAddresses"]["lan"], tagged(&lan.ip().to_string(), 80));
+        assert_eq!(entry("2")["Address"], "host.test");
+        assert_eq!(entry("2")["TaggedAddresses"]["wan"], wan);
+        assert_eq!(entry("3")["Address"], "");
+        assert_eq!(entry("4")["Address"], "2001:db8::1");
+    }
+
+    #[test]
+    fn headers_are_sent_as_they_are() {
+        let (_net, _dir, consul) = started("consul_headers");
+        let path = "/v1/agent/services";
+        let answer = consul.raw_with("GET", path, &[("accept-encoding", "gzip")], "").unwrap();
+        assert_eq!((answer.status, answer.header("content-encoding")), (200, "gzip"));
+        assert_eq!(consul.raw("GET", path, "").unwrap().header("content-encoding"), "");
     }
 
     #[test]

@@ -29,6 +29,7 @@
 pub mod backend;
 pub mod consul;
 mod dir;
+pub mod dns;
 mod eventually;
 pub mod http;
 pub mod load;
@@ -37,15 +38,18 @@ pub mod nginx;
 pub mod paths;
 mod processes;
 mod runtime;
+pub mod tls;
 mod warden;
 
 pub use backend::Backend;
-pub use consul::{Check, Consul, Instance, Service, Status};
+pub use consul::{Check, Cluster, Consul, Instance, Service, Status};
 pub use dir::Dir;
+pub use dns::Dns;
 pub use eventually::{Attempt, eventually};
 pub use load::{Load, Options, Report};
 pub use net::Net;
 pub use nginx::Nginx;
 pub use runtime::wait_for_ctrl_c;
 pub use rustix::process::Signal;
+pub use tls::{Authority, Certificate};
 pub use warden::Process;

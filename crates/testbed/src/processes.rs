@@ -21,6 +21,15 @@ pub(crate) fn lives(pid: u32) -> bool {
     Stat::of(pid).is_some_and(|stat| !stat.ended)
 }
 
+/// Whether no thread of a process runs any more. After SIGSTOP that takes a moment: it reaches each
+/// thread where the kernel next looks for signals, and until then it may still answer somebody.
+pub(crate) fn stands_still(pid: u32) -> bool {
+    numbers(pid, "task")
+        .iter()
+        .filter_map(|id| Stat::read(pid, &format!("task/{id}/stat")))
+        .all(|thread| thread.stopped || thread.ended)
+}
+
 fn all() -> impl Iterator<Item = u32> {
     let mut all: Vec<u32> = fs::read_dir("/proc")
         .into_iter()
@@ -34,18 +43,24 @@ fn all() -> impl Iterator<Item = u32> {
 /// A part of `/proc/PID/stat`, see proc(5).
 struct Stat {
     ended: bool,
+    stopped: bool,
     parent: u32,
     group: u32,
 }
 
 impl Stat {
     fn of(pid: u32) -> Option<Stat> {
-        let stat = fs::read_to_string(file(pid, "stat")).ok()?;
+        Stat::read(pid, "stat")
+    }
+
+    fn read(pid: u32, name: &str) -> Option<Stat> {
+        let stat = fs::read_to_string(file(pid, name)).ok()?;
         // PID (NAME) STATE PARENT GROUP …, where NAME may hold anything, parentheses as well.
         let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-        let ended = matches!(fields.next()?, "Z" | "X");
+        let state = fields.next()?;
         Some(Stat {
-            ended,
+            ended: matches!(state, "Z" | "X"),
+            stopped: state == "T",
             parent: fields.next()?.parse().ok()?,
             group: fields.next()?.parse().ok()?,
         })
@@ -64,11 +79,7 @@ pub(crate) fn command_line(pid: u32) -> Vec<String> {
 
 /// The names of a process's threads, the main thread's first.
 pub(crate) fn threads(pid: u32) -> Vec<String> {
-    let mut ids: Vec<u32> = fs::read_dir(file(pid, "task"))
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect();
+    let mut ids = numbers(pid, "task");
     ids.sort_unstable_by_key(|&id| (id != pid, id));
     ids.iter()
         .filter_map(|id| fs::read_to_string(file(pid, &format!("task/{id}/comm"))).ok())
@@ -78,17 +89,22 @@ pub(crate) fn threads(pid: u32) -> Vec<String> {
 
 /// What a process's open descriptors are: paths, `socket:[…]`, `anon_inode:[eventfd]` ….
 pub(crate) fn descriptors(pid: u32) -> Vec<String> {
-    let mut numbers: Vec<u32> = fs::read_dir(file(pid, "fd"))
+    numbers(pid, "fd")
+        .iter()
+        .filter_map(|number| fs::read_link(file(pid, &format!("fd/{number}"))).ok())
+        .map(|target| target.to_string_lossy().into_owned())
+        .collect()
+}
+
+/// What a directory of a process has, where that is named by numbers; in order.
+fn numbers(pid: u32, directory: &str) -> Vec<u32> {
+    let mut numbers: Vec<u32> = fs::read_dir(file(pid, directory))
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     numbers.sort_unstable();
     numbers
-        .iter()
-        .filter_map(|number| fs::read_link(file(pid, &format!("fd/{number}"))).ok())
-        .map(|target| target.to_string_lossy().into_owned())
-        .collect()
 }
 
 fn file(pid: u32, name: &str) -> PathBuf {
@@ -101,7 +117,17 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{Process, eventually};
+    use crate::{Process, Signal, eventually};
+
+    #[test]
+    fn a_stopped_process_stands_still() {
+        let mut process = Process::spawn(Command::new("sleep").arg("600")).unwrap();
+        assert!(!stands_still(process.id()));
+        process.signal(Signal::STOP);
+        eventually(Duration::from_secs(5), "it stands still", || stands_still(process.id()));
+        process.signal(Signal::CONT);
+        eventually(Duration::from_secs(5), "it runs", || !stands_still(process.id()));
+    }
 
     #[test]
     fn a_process_is_described() {

@@ -39,6 +39,8 @@ pub struct Service {
     /// Empty is the node's.
     pub address: String,
     pub port: u16,
+    /// Where other datacenters find it.
+    pub wan: Option<(String, u16)>,
     pub tags: Vec<String>,
     pub meta: BTreeMap<String, String>,
     /// While passing and while warning.
@@ -53,6 +55,7 @@ impl Service {
             id: id.into(),
             address: addr.ip().to_string(),
             port: addr.port(),
+            wan: None,
             tags: Vec::new(),
             meta: BTreeMap::new(),
             weights: (1, 1),
@@ -60,6 +63,7 @@ impl Service {
         }
     }
 
+    /// Consul takes any text, also the name of a host.
     #[must_use]
     pub fn address(mut self, address: &str) -> Service {
         self.address = address.into();
@@ -69,6 +73,14 @@ impl Service {
     #[must_use]
     pub fn port(mut self, port: u16) -> Service {
         self.port = port;
+        self
+    }
+
+    /// An address for other datacenters beside its own one, which then is told as that for the LAN
+    /// too: what Consul shows of it as `TaggedAddresses`.
+    #[must_use]
+    pub fn wan(mut self, addr: SocketAddr) -> Service {
+        self.wan = Some((addr.ip().to_string(), addr.port()));
         self
     }
 
@@ -98,7 +110,7 @@ impl Service {
 
     /// The body of `/v1/agent/service/register`.
     pub fn registration(&self) -> Value {
-        json!({
+        let mut registration = json!({
             "Name": self.name,
             "ID": self.id,
             "Address": self.address,
@@ -107,16 +119,24 @@ impl Service {
             "Meta": self.meta,
             "Weights": { "Passing": self.weights.0, "Warning": self.weights.1 },
             "Checks": self.checks.iter().map(|check| check.definition(&self.id)).collect::<Vec<_>>(),
-        })
+        });
+        if let Some((address, port)) = &self.wan {
+            registration["TaggedAddresses"] = json!({
+                "lan": { "Address": self.address, "Port": self.port },
+                "wan": { "Address": address, "Port": port },
+            });
+        }
+        registration
     }
 
     /// Whether Consul shows what was registered. (How its checks do is another matter.)
     pub(super) fn is_shown_by(&self, instance: &Instance) -> bool {
-        (&self.id, &self.address, self.port, &self.tags, &self.meta, self.weights)
+        (&self.id, &self.address, self.port, &self.wan, &self.tags, &self.meta, self.weights)
             == (
                 &instance.id,
                 &instance.address,
                 instance.port,
+                &instance.wan,
                 &instance.tags,
                 &instance.meta,
                 instance.weights,
@@ -201,6 +221,8 @@ pub struct Instance {
     pub id: String,
     pub address: String,
     pub port: u16,
+    /// Where other datacenters find it, if that was registered.
+    pub wan: Option<(String, u16)>,
     pub tags: Vec<String>,
     pub meta: BTreeMap<String, String>,
     pub weights: (u32, u32),
@@ -224,6 +246,9 @@ impl Instance {
             id: text(&service["ID"]),
             address: text(&service["Address"]),
             port: number(&service["Port"]) as u16,
+            wan: service["TaggedAddresses"]
+                .get("wan")
+                .map(|wan| (text(&wan["Address"]), number(&wan["Port"]) as u16)),
             tags: list(&service["Tags"]).iter().map(text).collect(),
             meta: service["Meta"]
                 .as_object()
