@@ -1,13 +1,15 @@
 //! Directives to settings.
 //!
-//! `source` reads `consul_upstream`, `settings` the directives that say how Consul is asked, and
-//! `finish` checks and completes all upstreams once the whole http block is known.
+//! `source` reads `consul_upstream`, with the help of `filter`; `settings` and `tls` read the
+//! directives that say how Consul is asked, `http` those that hold for all upstreams. `finish`
+//! checks and completes all upstreams once the whole http block is known.
 
 use core::ffi::{c_char, c_void};
 use core::ptr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use consul_watch::Agent;
+use consul_watch::Agents;
 use nginx_peers::list::Statics;
 use nginx_sys::{
     NGX_CONF_1MORE, NGX_CONF_TAKE1, NGX_HTTP_MAIN_CONF, NGX_HTTP_MAIN_CONF_OFFSET,
@@ -24,17 +26,27 @@ pub use self::source::Source;
 use crate::guard::guard;
 use crate::log;
 
+mod argument;
+mod filter;
 pub mod finish;
+mod http;
 mod settings;
 mod source;
+mod tls;
 
 /// `consul_start_timeout`, where it is not set.
 const START_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// `consul_max_connections`, where it is not set: half of what Consul itself allows to a client.
+const MAX_CONNECTIONS: usize = 100;
 
 /// The http block's.
 #[derive(Default)]
 pub struct MainConf {
     start_timeout: Option<Duration>,
+    max_connections: Option<usize>,
+    /// An absolute path; inside, none is `off`.
+    state_path: Option<Option<PathBuf>>,
     /// The upstreams with a `consul_upstream`, in the configuration's order.
     pub upstreams: Vec<Upstream>,
     /// The zone of [`crate::process::Gate`]; null without such an upstream.
@@ -55,6 +67,22 @@ impl MainConf {
     pub fn start_timeout(&self) -> Duration {
         self.start_timeout.unwrap_or(START_TIMEOUT)
     }
+
+    /// How many connections there may be to one agent.
+    pub fn max_connections(&self) -> usize {
+        self.max_connections.unwrap_or(MAX_CONNECTIONS)
+    }
+
+    /// The directory of the upstreams' states, an absolute path; none where it is turned off, or
+    /// where no upstream follows Consul.
+    pub fn state_path(&self) -> Option<&Path> {
+        self.state_path.as_ref()?.as_deref()
+    }
+
+    /// Turns the states off: their directory cannot be made.
+    pub fn store_nothing(&mut self) {
+        self.state_path = Some(None);
+    }
 }
 
 /// An upstream that follows Consul, complete and checked.
@@ -66,7 +94,7 @@ pub struct Upstream {
     /// The name of its zone.
     pub zone: String,
     /// Whom to ask.
-    pub agent: Agent,
+    pub agents: Agents,
     /// The `consul_upstream` lines.
     pub sources: Vec<Source>,
     /// Its balancing method knows backups.
@@ -158,52 +186,34 @@ macro_rules! command {
     };
 }
 
-const MAIN: u32 = NGX_HTTP_MAIN_CONF;
+/// Of a [`ServerConf`] in an upstream alone, and in the http block too.
 const UPSTREAM: u32 = NGX_HTTP_UPS_CONF;
+const LEVELS: u32 = NGX_HTTP_MAIN_CONF | UPSTREAM;
+const SERVER: u32 = NGX_HTTP_SRV_CONF_OFFSET as u32;
 
-pub static mut COMMANDS: [ngx_command_t; 9] = [
-    command!("consul_upstream", UPSTREAM | NGX_CONF_1MORE, NGX_HTTP_SRV_CONF_OFFSET, source::add),
-    command!(
-        "consul_address",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::address
-    ),
-    command!(
-        "consul_token",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::token
-    ),
-    command!(
-        "consul_token_file",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::token_file
-    ),
-    command!(
-        "consul_wait",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::wait
-    ),
-    command!(
-        "consul_timeout",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::timeout
-    ),
-    command!(
-        "consul_max_response",
-        MAIN | UPSTREAM | NGX_CONF_TAKE1,
-        NGX_HTTP_SRV_CONF_OFFSET,
-        settings::max_response
-    ),
-    command!(
-        "consul_start_timeout",
-        MAIN | NGX_CONF_TAKE1,
-        NGX_HTTP_MAIN_CONF_OFFSET,
-        settings::start_timeout
-    ),
+/// Of the [`MainConf`].
+const HTTP: u32 = NGX_HTTP_MAIN_CONF;
+const MAIN: u32 = NGX_HTTP_MAIN_CONF_OFFSET as u32;
+
+const ONE: u32 = NGX_CONF_TAKE1;
+const SOME: u32 = NGX_CONF_1MORE;
+
+pub static mut COMMANDS: [ngx_command_t; 17] = [
+    command!("consul_upstream", UPSTREAM | SOME, SERVER, source::add),
+    command!("consul_address", LEVELS | SOME, SERVER, settings::address),
+    command!("consul_token", LEVELS | ONE, SERVER, settings::token),
+    command!("consul_token_file", LEVELS | ONE, SERVER, settings::token_file),
+    command!("consul_ssl_trusted_certificate", LEVELS | ONE, SERVER, tls::trusted_certificate),
+    command!("consul_ssl_certificate", LEVELS | ONE, SERVER, tls::certificate),
+    command!("consul_ssl_certificate_key", LEVELS | ONE, SERVER, tls::certificate_key),
+    command!("consul_ssl_server_name", LEVELS | ONE, SERVER, tls::server_name),
+    command!("consul_ssl_verify", LEVELS | ONE, SERVER, tls::verify),
+    command!("consul_consistency", LEVELS | ONE, SERVER, settings::consistency),
+    command!("consul_wait", LEVELS | ONE, SERVER, settings::wait),
+    command!("consul_timeout", LEVELS | ONE, SERVER, settings::timeout),
+    command!("consul_max_response", LEVELS | ONE, SERVER, settings::max_response),
+    command!("consul_max_connections", HTTP | ONE, MAIN, http::max_connections),
+    command!("consul_state_path", HTTP | ONE, MAIN, http::state_path),
+    command!("consul_start_timeout", HTTP | ONE, MAIN, http::start_timeout),
     ngx_command_t::empty(),
 ];

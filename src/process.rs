@@ -11,8 +11,8 @@ use core::ptr;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
 use nginx_sys::{
-    NGX_LOG_CRIT, NGX_OK, NGX_PROCESS_SINGLE, NGX_PROCESS_WORKER, ngx_cycle_t, ngx_int_t,
-    ngx_process, ngx_uint_t, ngx_worker,
+    NGX_LOG_CRIT, NGX_LOG_WARN, NGX_OK, NGX_PROCESS_SINGLE, NGX_PROCESS_WORKER, ngx_cycle_t,
+    ngx_int_t, ngx_process, ngx_test_config, ngx_uint_t, ngx_worker,
 };
 use ngx::http::HttpModuleMainConf;
 
@@ -27,13 +27,14 @@ mod assembly;
 mod gate;
 mod handoff;
 mod plan;
+mod stored;
 mod thread;
 
 /// This process' part in following Consul; null in most processes.
 static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
 
 /// Called in the master after each reading of the configuration, and by `nginx -t`: nothing is
-/// started there. In single-process mode a reload comes by here and nowhere else: the thread that
+/// started there, and by the latter nothing made. In single-process mode a reload comes by here and nowhere else: the thread that
 /// followed the old configuration is replaced.
 ///
 /// # Safety
@@ -41,6 +42,8 @@ static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
 /// As nginx calls it.
 pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
     guard("a reload", (), || {
+        // SAFETY: the cycle is nginx's new one, and nobody else uses it yet.
+        unsafe { prepare(cycle) };
         if !APPLIER.load(Ordering::Relaxed).is_null() {
             // SAFETY: the cycle is nginx's new one; its configuration is complete.
             unsafe {
@@ -50,6 +53,30 @@ pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
         }
     });
     NGX_OK as ngx_int_t
+}
+
+/// Makes the directory for what is stored, as long as this process may.
+///
+/// # Safety
+///
+/// `cycle` is complete, and in nobody else's hands.
+unsafe fn prepare(cycle: *mut ngx_cycle_t) {
+    // SAFETY: the caller's promise; nginx writes the word before it reads a configuration.
+    unsafe {
+        if ngx_test_config != 0 {
+            return;
+        }
+        let Some(main) = ConsulUpstream::main_conf_mut(&*cycle) else { return };
+        let Some(path) = main.state_path().filter(|_| !main.upstreams.is_empty()) else { return };
+        if let Err(err) = stored::make_directory(cycle, path) {
+            let line = format_args!(
+                "consul: cannot make the directory \"{}\", nothing is stored: {err}",
+                path.display()
+            );
+            log::write(NGX_LOG_WARN, (*cycle).log, line);
+            main.store_nothing();
+        }
+    }
 }
 
 /// Called in every new process. An error would end the worker for good, so none is returned.

@@ -6,6 +6,7 @@
 
 use core::ptr;
 
+use consul_watch::agent::Address;
 use nginx_peers::list::Statics;
 use nginx_sys::{
     NGX_ERROR, NGX_HTTP_UPSTREAM_BACKUP, NGX_HTTP_UPSTREAM_MODIFY, NGX_LOG_EMERG, NGX_OK,
@@ -15,7 +16,8 @@ use nginx_sys::{
 };
 use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
 
-use super::{ServerConf, Upstream};
+use super::tls::Checked;
+use super::{ServerConf, Upstream, http};
 use crate::guard::guard;
 use crate::{ConsulUpstream, balance, log, process};
 
@@ -46,20 +48,22 @@ unsafe fn all(cf: *mut ngx_conf_t) -> Result<(), String> {
     // has a block (`srv_conf` is null for those that a `proxy_pass` implies); nobody else uses
     // them meanwhile.
     unsafe {
-        let http = ConsulUpstream::server_conf(&*cf).ok_or("no configuration")?;
+        let shared = ConsulUpstream::server_conf(&*cf).ok_or("no configuration")?;
         let main = ConsulUpstream::main_conf_mut(&*cf).ok_or("no configuration")?;
         let context = (*cf).ctx.cast::<ngx_http_conf_ctx_t>();
         let upstreams = *(*context).main_conf.add(ngx_http_upstream_module.ctx_index);
         let upstreams = &(*upstreams.cast::<ngx_http_upstream_main_conf_t>()).upstreams;
+        let mut checked = Checked::default();
         for nginx in upstreams.as_slice::<*mut ngx_http_upstream_srv_conf_t>() {
             let Some(conf) = server_conf(*nginx) else { continue };
             if (*conf).sources.is_empty() {
                 continue;
             }
-            let upstream = complete(cf, *nginx, &mut *conf, http)?;
+            let upstream = complete(cf, *nginx, &mut *conf, shared, &mut checked)?;
             main.upstreams.push(upstream);
         }
         if !main.upstreams.is_empty() {
+            http::complete(cf, main)?;
             main.gate.0 = process::add_gate(cf).ok_or("cannot add a shared memory zone")?;
         }
     }
@@ -70,12 +74,14 @@ unsafe fn all(cf: *mut ngx_conf_t) -> Result<(), String> {
 ///
 /// # Safety
 ///
-/// As [`finish`]; `nginx` is an upstream with a block, and `conf` is ours of it.
+/// As [`finish`]; `nginx` is an upstream with a block, and `conf` is ours of it, as `shared` is the
+/// http block's.
 unsafe fn complete(
     cf: *mut ngx_conf_t,
     nginx: *mut ngx_http_upstream_srv_conf_t,
     conf: &mut ServerConf,
-    http: &ServerConf,
+    shared: &ServerConf,
+    checked: &mut Checked,
 ) -> Result<Upstream, String> {
     // SAFETY: the upstream is complete: its balancer has made the list of its peers.
     unsafe {
@@ -109,6 +115,11 @@ unsafe fn complete(
             ));
         }
 
+        let agents = conf.settings.agents(&shared.settings).map_err(|text| fail(&text))?;
+        if agents.addresses.iter().any(Address::is_tls) {
+            checked.check(&agents.tls).map_err(|text| fail(&text))?;
+        }
+
         let peers: *mut ngx_http_upstream_rr_peers_t = (*nginx).peer.data.cast();
         let placeholder = conf.placeholder.take().ok_or_else(|| fail("no placeholder"))?;
         if peers.is_null() || !take_out(nginx, peers, placeholder) {
@@ -139,7 +150,7 @@ unsafe fn complete(
             nginx,
             name,
             zone: (*(*nginx).shm_zone).shm.name.to_string(),
-            agent: conf.settings.agent(&http.settings),
+            agents,
             sources: core::mem::take(&mut conf.sources),
             knows_backups,
             statics,

@@ -4,12 +4,13 @@
 use core::ffi::c_void;
 use std::time::Duration;
 
-use consul_watch::Agent;
-use consul_watch::agent::{Address, Token};
-use consul_watch::error::printable;
-use nginx_sys::{ngx_conf_full_name, ngx_conf_t, ngx_parse_size, ngx_parse_time, ngx_str_t};
+use consul_watch::Agents;
+use consul_watch::agent::{Address, Consistency, Secret, Token};
+use nginx_sys::{ngx_conf_t, ngx_parse_size, ngx_str_t};
 
-use super::{Fault, MainConf, ServerConf};
+use super::argument::{file, invalid, named, once, only, quoted, time, word};
+use super::tls::TlsSettings;
+use super::{Fault, ServerConf};
 
 const ADDRESS: &str = "http://127.0.0.1:8500";
 const WAIT: Duration = Duration::from_secs(25);
@@ -20,31 +21,32 @@ const MAX_RESPONSE: usize = 64 << 20;
 const WAITS: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(5 * 60);
 
-/// A token file holds one line; anything larger is the wrong file.
-const TOKEN_FILE: u64 = 64 * 1024;
-
 /// What is set at one level.
 #[derive(Default)]
 pub struct Settings {
-    address: Option<Address>,
+    addresses: Option<Vec<Address>>,
     token: Option<Token>,
+    pub tls: TlsSettings,
+    consistency: Option<Consistency>,
     wait: Option<Duration>,
     timeout: Option<Duration>,
     max_response: Option<usize>,
 }
 
 impl Settings {
-    /// The agent as an upstream asks it: with its own settings, else the http block's, else the
+    /// The agents as an upstream asks them: with its own settings, else the http block's, else the
     /// defaults.
-    pub fn agent(&self, http: &Settings) -> Agent {
-        let address = self.address.as_ref().or(http.address.as_ref());
-        Agent {
-            address: address.cloned().unwrap_or_else(default_address),
+    pub fn agents(&self, http: &Settings) -> Result<Agents, String> {
+        let addresses = self.addresses.as_ref().or(http.addresses.as_ref());
+        Ok(Agents {
+            addresses: addresses.cloned().unwrap_or_else(|| vec![default_address()]),
             token: self.token.as_ref().or(http.token.as_ref()).cloned(),
+            tls: self.tls.merged(&http.tls)?,
+            consistency: self.consistency.or(http.consistency).unwrap_or_default(),
             wait: self.wait.or(http.wait).unwrap_or(WAIT),
             timeout: self.timeout.or(http.timeout).unwrap_or(TIMEOUT),
             max_response: self.max_response.or(http.max_response).unwrap_or(MAX_RESPONSE),
-        }
+        })
     }
 }
 
@@ -61,31 +63,7 @@ unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut Settings {
     unsafe { &mut (*conf.cast::<ServerConf>()).settings }
 }
 
-fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), Fault> {
-    match slot.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(Fault::Directive("is duplicate".into())),
-    }
-}
-
-fn only(args: &[ngx_str_t]) -> ngx_str_t {
-    // The commands take one argument: nginx has counted.
-    args.first().copied().unwrap_or_default()
-}
-
-/// A value in quotes, as it may stand in a log line.
-fn quoted(value: &ngx_str_t) -> String {
-    format!("\"{}\"", printable(value.as_bytes(), 200))
-}
-
-fn time(value: &mut ngx_str_t) -> Option<Duration> {
-    // SAFETY: the function reads the text alone.
-    let ms = unsafe { ngx_parse_time(value, 0) };
-    // NGX_ERROR is −1.
-    Some(Duration::from_millis(u64::try_from(ms).ok()?))
-}
-
-/// `consul_address URL;`
+/// `consul_address URL …;`
 ///
 /// # Safety
 ///
@@ -95,19 +73,29 @@ pub unsafe fn address(
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
-    let value = only(args);
-    let address = value
+    let mut addresses = Vec::with_capacity(args.len());
+    for value in args {
+        let address = parse(value)?;
+        if addresses.contains(&address) {
+            return Err(format!("duplicate address {}", quoted(value)).into());
+        }
+        addresses.push(address);
+    }
+    // SAFETY: this function's own contract.
+    once(unsafe { &mut settings(conf).addresses }, addresses)
+}
+
+fn parse(value: &ngx_str_t) -> Result<Address, String> {
+    value
         .to_str()
         .map_err(|_| "is not valid UTF-8".to_owned())
         .and_then(|text| Address::parse(text).map_err(|err| err.to_string()))
         .map_err(|err| {
             // What may be a secret is not repeated.
             let secret = value.as_bytes().iter().any(|byte| b"@?".contains(byte));
-            let shown = if secret { String::new() } else { format!(" {}", quoted(&value)) };
+            let shown = if secret { String::new() } else { format!(" {}", quoted(value)) };
             format!("address{shown} {err}")
-        })?;
-    // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).address }, address)
+        })
 }
 
 /// `consul_token STRING;`
@@ -121,52 +109,60 @@ pub unsafe fn token(
     conf: *mut c_void,
 ) -> Result<(), Fault> {
     // The token itself is in none of the texts.
-    let token = only(args)
-        .to_str()
-        .map_err(|_| "the token is not valid UTF-8".to_owned())
-        .and_then(|text| Token::new(text).map_err(|err| format!("the token {err}")))?;
+    let secret = Secret::new(only(args).as_bytes()).map_err(|err| format!("the token {err}"))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).token }, token).map_err(|_| one_token())
+    unsafe { set_token(conf, Token::Fixed(secret)) }
 }
 
-fn one_token() -> Fault {
-    "the token is set already, by \"consul_token\" or \"consul_token_file\"".into()
-}
-
-/// A value that is none, and what would be one.
-fn invalid(value: &ngx_str_t, hint: &str) -> Fault {
-    Fault::Directive(format!("invalid value {}{hint}", quoted(value)))
-}
-
-/// `consul_token_file PATH;`, relative to the configuration's directory as nginx's own files are.
+/// `consul_token_file PATH;`
 ///
 /// # Safety
 ///
-/// See [`settings`].
+/// See [`settings`]; `cf` is nginx's.
 pub unsafe fn token_file(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
-    let mut path = only(args);
-    // SAFETY: `cf` is nginx's, and the text is one of its arguments; the function stores another
-    // text there, from the configuration's pool.
-    if unsafe { ngx_conf_full_name((*cf).cycle, &mut path, 1) } != nginx_sys::NGX_OK as isize {
-        return Err("no memory".into());
-    }
-    let name = quoted(&path);
-    let path = path.to_str().map_err(|_| format!("file name {name} is not valid UTF-8"))?;
-    let text = read_token(path).map_err(|err| format!("cannot read token file {name}: {err}"))?;
-    let token = Token::new(&text).map_err(|err| format!("the token in {name} {err}"))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).token }, token).map_err(|_| one_token())
+    let file = unsafe { file(cf, args, "token file") }?;
+    let name = named(file.path());
+    let token = Token::File(file);
+    token.secret().map_err(|err| format!("the token in {name} {err}"))?;
+    // SAFETY: this function's own contract.
+    unsafe { set_token(conf, token) }
 }
 
-fn read_token(path: &str) -> std::io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(TOKEN_FILE).read_to_string(&mut text)?;
-    Ok(text)
+/// # Safety
+///
+/// See [`settings`].
+unsafe fn set_token(conf: *mut c_void, token: Token) -> Result<(), Fault> {
+    // SAFETY: this function's own contract.
+    once(unsafe { &mut settings(conf).token }, token).map_err(|_| {
+        "the token is set already, by \"consul_token\" or \"consul_token_file\"".into()
+    })
+}
+
+/// `consul_consistency default|stale|consistent;`
+///
+/// # Safety
+///
+/// See [`settings`].
+pub unsafe fn consistency(
+    _cf: *mut ngx_conf_t,
+    args: &[ngx_str_t],
+    conf: *mut c_void,
+) -> Result<(), Fault> {
+    let value = only(args);
+    let words = [
+        ("default", Consistency::Default),
+        ("stale", Consistency::Stale),
+        ("consistent", Consistency::Consistent),
+    ];
+    let consistency = word(&value, &words)
+        .ok_or_else(|| invalid(&value, ", it must be \"default\", \"stale\" or \"consistent\""))?;
+    // SAFETY: this function's own contract.
+    once(unsafe { &mut settings(conf).consistency }, consistency)
 }
 
 /// `consul_wait TIME;`
@@ -179,8 +175,8 @@ pub unsafe fn wait(
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
-    let mut value = only(args);
-    let wait = time(&mut value)
+    let value = only(args);
+    let wait = time(value.as_bytes())
         .filter(|wait| WAITS.contains(wait))
         .ok_or_else(|| invalid(&value, ", it must be from 1s to 5m"))?;
     // SAFETY: this function's own contract.
@@ -197,9 +193,10 @@ pub unsafe fn timeout(
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
-    let mut value = only(args);
-    let timeout =
-        time(&mut value).filter(|timeout| !timeout.is_zero()).ok_or_else(|| invalid(&value, ""))?;
+    let value = only(args);
+    let timeout = time(value.as_bytes())
+        .filter(|timeout| !timeout.is_zero())
+        .ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).timeout }, timeout)
 }
@@ -221,20 +218,4 @@ pub unsafe fn max_response(
         usize::try_from(size).ok().filter(|size| *size > 0).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
     once(unsafe { &mut settings(conf).max_response }, size)
-}
-
-/// `consul_start_timeout TIME;`, of the http block alone.
-///
-/// # Safety
-///
-/// Called by [`super::set`] for a command whose configuration is a [`MainConf`].
-pub unsafe fn start_timeout(
-    _cf: *mut ngx_conf_t,
-    args: &[ngx_str_t],
-    conf: *mut c_void,
-) -> Result<(), Fault> {
-    let mut value = only(args);
-    let timeout = time(&mut value).ok_or_else(|| invalid(&value, ""))?;
-    // SAFETY: this function's own contract.
-    once(unsafe { &mut (*conf.cast::<MainConf>()).start_timeout }, timeout)
 }

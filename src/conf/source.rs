@@ -3,17 +3,20 @@
 use core::ffi::c_void;
 use std::time::Duration;
 
-use consul_watch::error::printable;
-use consul_watch::query::text;
+use consul_watch::query::{Network, Parameter, text};
 use consul_watch::{Health, Query, Selection};
 use nginx_peers::spec::Attributes;
 use nginx_sys::{
-    AF_INET, ngx_addr_t, ngx_array_push, ngx_atoi, ngx_conf_t, ngx_http_upstream_server_t,
-    ngx_parse_time, ngx_pcalloc, ngx_str_t, sockaddr, sockaddr_in,
+    AF_INET, ngx_addr_t, ngx_array_push, ngx_conf_t, ngx_http_upstream_server_t, ngx_pcalloc,
+    ngx_str_t, sockaddr, sockaddr_in,
 };
 
+use super::argument::{number, quoted, seconds, time};
 use super::finish::upstream_of;
-use super::{Fault, ServerConf};
+use super::{Fault, ServerConf, filter};
+
+/// Milliseconds within 31 bits, as nginx's own times.
+const LONGEST_HOLD: Duration = Duration::from_millis(i32::MAX as u64);
 
 /// One `consul_upstream` line.
 pub struct Source {
@@ -66,8 +69,7 @@ pub unsafe fn add(cf: *mut ngx_conf_t, args: &[ngx_str_t], conf: *mut c_void) ->
         Place { file: (*file).file.name.to_string(), line: (*file).line }
     };
     if conf.sources.iter().any(|other| other.repeats(&source)) {
-        let service = printable(service.as_bytes(), 200);
-        return Err(format!("duplicate query for service \"{service}\"").into());
+        return Err(format!("duplicate query for service {}", quoted(service)).into());
     }
     conf.sources.push(source);
     if conf.placeholder.is_none() {
@@ -78,19 +80,21 @@ pub unsafe fn add(cf: *mut ngx_conf_t, args: &[ngx_str_t], conf: *mut c_void) ->
 }
 
 fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String> {
-    let shown = || printable(service.as_bytes(), 200);
     if service.as_bytes().contains(&b'$') {
-        return Err(format!("service \"{}\" holds \"$\", variables are not supported", shown()));
+        let service = quoted(service);
+        return Err(format!("service {service} holds \"$\", variables are not supported"));
     }
-
-    let mut datacenter = None;
+    let mut query = text(service.as_bytes())
+        .and_then(Query::new)
+        .map_err(|err| format!("service {} {err}", quoted(service)))?;
     let mut selection = Selection::default();
     let mut attributes = Attributes::default();
     let mut backup = false;
     let mut seen: Vec<&[u8]> = Vec::new();
 
-    for parameter in parameters {
-        let invalid = || format!("invalid parameter \"{}\"", printable(parameter.as_bytes(), 200));
+    let mut parameters = parameters.iter();
+    while let Some(parameter) = parameters.next() {
+        let invalid = || format!("invalid parameter {}", quoted(parameter));
         let bytes = parameter.as_bytes();
         let (name, value) = match bytes.iter().position(|b| *b == b'=') {
             Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
@@ -98,10 +102,7 @@ fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String>
         };
         if name != b"tag" {
             if seen.contains(&name) {
-                return Err(format!(
-                    "duplicate parameter \"{}\"",
-                    printable(parameter.as_bytes(), 200)
-                ));
+                return Err(format!("duplicate parameter {}", quoted(parameter)));
             }
             seen.push(name);
         }
@@ -118,7 +119,27 @@ fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String>
                 };
             }
             (b"dc", Some(value)) => {
-                datacenter = Some(text(value).map_err(|_| invalid())?);
+                query = with(query, Parameter::Datacenter, value).ok_or_else(invalid)?;
+            }
+            (b"ns", Some(value)) => {
+                query = with(query, Parameter::Namespace, value).ok_or_else(invalid)?;
+            }
+            (b"partition", Some(value)) => {
+                query = with(query, Parameter::Partition, value).ok_or_else(invalid)?;
+            }
+            (b"peer", Some(value)) => {
+                query = with(query, Parameter::Peer, value).ok_or_else(invalid)?;
+            }
+            (b"filter", Some(value)) => {
+                let filter = filter::expression(value, &mut parameters)?;
+                query = with(query, Parameter::Filter, &filter).ok_or_else(invalid)?;
+            }
+            (b"address", Some(value)) => {
+                query.network = match value {
+                    b"lan" => Network::Lan,
+                    b"wan" => Network::Wan,
+                    _ => return Err(invalid()),
+                };
             }
             (b"weight", Some(value)) => {
                 let weight = number(value).filter(|weight| *weight > 0).ok_or_else(invalid)?;
@@ -137,7 +158,8 @@ fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String>
                 selection.guard.guard = percent(value).ok_or_else(invalid)?;
             }
             (b"hold", Some(value)) => {
-                selection.guard.hold = time(value).ok_or_else(invalid)?;
+                selection.guard.hold =
+                    time(value).filter(|hold| *hold <= LONGEST_HOLD).ok_or_else(invalid)?;
             }
             (b"panic", Some(b"0")) => selection.panic = 0,
             (b"panic", Some(value)) => {
@@ -148,34 +170,13 @@ fn read(service: &ngx_str_t, parameters: &[ngx_str_t]) -> Result<Source, String>
         }
     }
 
-    let query = text(service.as_bytes())
-        .and_then(|service| Query::new(service, datacenter))
-        .map_err(|err| format!("service \"{}\" {err}", shown()))?;
     let place = Place { file: String::new(), line: 0 };
     Ok(Source { query, selection, attributes, backup, place })
 }
 
-/// A number as nginx's `server` takes it, within 31 bits.
-fn number(value: &[u8]) -> Option<u32> {
-    // SAFETY: the function reads as many bytes as it is told.
-    let number = unsafe { ngx_atoi(value.as_ptr().cast_mut(), value.len()) };
-    i32::try_from(number).ok().and_then(|number| u32::try_from(number).ok())
-}
-
-/// A time as nginx's `server` takes it.
-fn seconds(value: &[u8]) -> Option<u32> {
-    let mut value = ngx_str_t { len: value.len(), data: value.as_ptr().cast_mut() };
-    // SAFETY: the function reads the text alone.
-    let seconds = unsafe { ngx_parse_time(&mut value, 1) };
-    i32::try_from(seconds).ok().and_then(|seconds| u32::try_from(seconds).ok())
-}
-
-/// A time that may have milliseconds.
-fn time(value: &[u8]) -> Option<Duration> {
-    let mut value = ngx_str_t { len: value.len(), data: value.as_ptr().cast_mut() };
-    // SAFETY: the function reads the text alone.
-    let ms = unsafe { ngx_parse_time(&mut value, 0) };
-    i32::try_from(ms).ok().and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis)
+/// The query with a parameter of Consul's own; none where the value cannot be one.
+fn with(query: Query, parameter: Parameter, value: &[u8]) -> Option<Query> {
+    query.with(parameter, text(value).ok()?).ok()
 }
 
 /// A share such as `50%`.

@@ -16,6 +16,8 @@ use nginx_sys::{
 };
 
 use super::handoff::{Handoff, Note, Update};
+use super::plan::Plan;
+use super::stored;
 use super::thread::Thread;
 use crate::conf::{self, MainConf};
 use crate::guard::guard;
@@ -50,6 +52,8 @@ struct Upstream {
     list: List<ngx_http_upstream_rr_peers_t>,
     /// All lines have had an answer.
     answered: bool,
+    /// It has servers from before its first answer.
+    restored: bool,
     /// A set that was refused, until it fits or another one comes.
     pending: Option<Update>,
     complained: Option<Instant>,
@@ -66,10 +70,14 @@ impl Applier {
         // SAFETY: the zone module has put the lists into their zones before any worker starts,
         // and each begins with the static servers that `conf::finish` has counted. Zero is valid
         // for an event.
-        let (upstreams, retry) = unsafe {
+        let (mut upstreams, retry) = unsafe {
             let upstreams: Vec<_> = main.upstreams.iter().map(|conf| Upstream::new(conf)).collect();
             (upstreams, Box::new(core::mem::zeroed::<ngx_event_t>()))
         };
+        let mut plan = Plan::new(main);
+        for (number, upstream) in upstreams.iter_mut().enumerate() {
+            upstream.restore(&mut plan, number);
+        }
         let present = upstreams.iter().map(|upstream| upstream.list.present()).collect();
         let handoff = Arc::new(Handoff::new(present)?);
         let mut applier = Box::new(Self {
@@ -81,7 +89,7 @@ impl Applier {
         });
         // SAFETY: the box gives the value an address for the time that nginx knows it.
         unsafe { applier.listen()? };
-        applier.thread = Some(Thread::start(main, handoff)?);
+        applier.thread = Some(Thread::start(plan, handoff)?);
         Ok(applier)
     }
 
@@ -124,6 +132,11 @@ impl Applier {
             self.retry.set_cancelable(1);
         }
         Ok(())
+    }
+
+    /// Whether every upstream has servers of its own, or an answer that says that there are none.
+    pub fn all_serve(&self) -> bool {
+        self.upstreams.iter().all(|upstream| upstream.answered || upstream.restored)
     }
 
     /// Whether every upstream has had its first answers.
@@ -240,8 +253,35 @@ impl Upstream {
             zone: conf.zone.clone(),
             list,
             answered: false,
+            restored: false,
             pending: None,
             complained: None,
+        }
+    }
+
+    /// Begins with the stored peers where there are none.
+    fn restore(&mut self, plan: &mut Plan, number: usize) {
+        // A worker that takes the place of one that died finds them all.
+        self.restored = !self.list.present().is_empty();
+        if self.restored {
+            return;
+        }
+        let specs = stored::restore(plan, number);
+        if specs.is_empty() {
+            return;
+        }
+        match self.list.apply(&specs) {
+            Ok(_) => {
+                self.restored = true;
+                let (name, number) = (&self.name, specs.len());
+                log::cycle(
+                    NGX_LOG_NOTICE,
+                    format_args!(
+                        "consul: upstream \"{name}\": {number} stored servers, until Consul answers"
+                    ),
+                );
+            }
+            Err(refused) => self.complain(refused),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::convert::Infallible;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,22 +10,32 @@ use std::time::Duration;
 
 use consul_watch::agent::Address;
 use consul_watch::error::{Error, printable};
-use consul_watch::policy::{self, Guard, Key};
+use consul_watch::policy::{self, Guard, Key, Peer};
 use consul_watch::report::Report;
+use consul_watch::state::{Source, State, Store};
 use consul_watch::watch::{Sink, Snapshot};
 use consul_watch::{Query, Selection};
 use nginx_peers::Spec;
 use nginx_peers::spec::arrange;
 use nginx_sys::{NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN};
-use tokio::time::Instant;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
 
 use super::handoff::{Handoff, Note, Update};
 use super::plan::{Line, UpstreamPlan, WatchPlan};
+
+/// A set is stored at most this often.
+const STORE: Duration = Duration::from_secs(1);
+
+/// The same complaint is not logged again within this time.
+const REPEAT: Duration = Duration::from_secs(60);
 
 /// One upstream.
 pub struct Assembly {
     name: String,
     lines: RefCell<Vec<Known>>,
+    /// There is something new to store.
+    news: Notify,
 }
 
 /// A line, and what it knows.
@@ -33,7 +44,9 @@ struct Known {
     guard: Guard,
     /// What serves. Until the line has had an answer these are the peers that were there before:
     /// that it has had none says nothing against them.
-    specs: Vec<Spec>,
+    peers: Vec<Peer>,
+    /// The datacenter that they are in, where an answer said so.
+    datacenter: Option<String>,
     /// How many instances Consul has registered; none before the first answer.
     registered: Option<usize>,
     /// How many serve only because they are held.
@@ -55,7 +68,7 @@ impl Assembly {
     /// An upstream that has the peers `before`.
     pub fn new(plan: UpstreamPlan, before: &[Spec]) -> Self {
         let lines = plan.lines.into_iter().map(|line| Known::new(line, before)).collect();
-        Self { name: plan.name, lines: RefCell::new(lines) }
+        Self { name: plan.name, lines: RefCell::new(lines), news: Notify::new() }
     }
 
     /// A line's instances changed: what the upstream's set is now.
@@ -66,32 +79,80 @@ impl Assembly {
         let registered: HashMap<&Query, usize> =
             lines.iter().filter_map(|known| Some((&known.line.query, known.registered?))).collect();
         let update = Update {
-            specs: Arc::new(arrange(lines.iter().flat_map(|known| known.specs.iter().cloned()))),
+            specs: Arc::new(arrange(lines.iter().flat_map(Known::specs))),
             registered: registered.values().sum(),
             index: snapshot.index,
             complete: lines.iter().all(|known| known.registered.is_some()),
         };
         Some(Judged { update, until, notes })
     }
+
+    /// What to begin with where Consul is away.
+    fn state(&self) -> State {
+        let lines = self.lines.borrow();
+        let known =
+            lines.iter().filter(|known| known.registered.is_some() || !known.peers.is_empty());
+        let sources = known.map(|known| Source {
+            key: known.line.key.clone(),
+            datacenter: known.datacenter.clone(),
+            peers: known.peers.clone(),
+        });
+        State { sources: sources.collect() }
+    }
+
+    /// Stores what serves, a while after each change.
+    pub async fn keep_stored(&self, store: &Store, handoff: &Handoff) -> Infallible {
+        let mut complained: Option<Instant> = None;
+        loop {
+            self.news.notified().await;
+            match store.save(&self.name, &self.state()) {
+                Ok(_) => complained = None,
+                Err(err) => {
+                    let now = Instant::now();
+                    if complained.is_none_or(|at| now - at >= REPEAT) {
+                        complained = Some(now);
+                        let name = &self.name;
+                        handoff.note(NGX_LOG_WARN, format!("consul: upstream \"{name}\": {err}"));
+                    }
+                    // What is not stored now is when there is room again.
+                    self.news.notify_one();
+                }
+            }
+            sleep(STORE).await;
+        }
+    }
 }
 
 impl Known {
-    fn new(line: Line, before: &[Spec]) -> Self {
-        let specs: Vec<Spec> =
-            before.iter().filter(|spec| spec.label.source() == line.source).cloned().collect();
+    fn new(mut line: Line, before: &[Spec]) -> Self {
+        let peers = line.peers(before);
         let mut guard = line.selection.guard();
-        guard.restore(specs.iter().map(|spec| line.peer(spec)));
-        Self { line, guard, specs, registered: None, held: 0, panic: false }
+        guard.restore(peers.iter().cloned());
+        let datacenter = line.datacenter.take();
+        Self { line, guard, peers, datacenter, registered: None, held: 0, panic: false }
+    }
+
+    fn specs(&self) -> impl Iterator<Item = Spec> {
+        self.peers.iter().flat_map(|peer| self.line.specs(peer))
     }
 
     /// What the instances mean for this line; when to ask again, and what to tell of it.
     fn judge(&mut self, snapshot: &Snapshot) -> (Option<Instant>, Vec<Note>) {
-        let verdict = policy::select(&self.line.selection, &snapshot.instances);
+        let verdict = policy::select(&self.line.selection, snapshot);
+        if let (Some(is), Some(was)) = (&snapshot.datacenter, &self.datacenter)
+            && is != was
+        {
+            // What was restored is another datacenter's: its going is no loss.
+            self.guard = self.line.selection.guard();
+        }
+        if snapshot.datacenter.is_some() {
+            self.datacenter = snapshot.datacenter.clone();
+        }
         let serving = self.guard.judge(&verdict, Instant::now());
         let was_held = std::mem::replace(&mut self.held, serving.held.len());
         let panicked = std::mem::replace(&mut self.panic, verdict.panic);
         let served = serving.peers.len();
-        self.specs = serving.peers.into_iter().map(|peer| self.line.spec(peer)).collect();
+        self.peers = serving.peers;
         self.registered = Some(snapshot.instances.len());
 
         let Selection { guard, panic, .. } = &self.line.selection;
@@ -132,21 +193,25 @@ impl Known {
 /// All lines that share a watch, and what their upstreams' logs were told.
 pub struct Lines {
     lines: Vec<(usize, usize)>,
-    upstreams: Rc<Vec<Assembly>>,
+    upstreams: Rc<[Assembly]>,
     handoff: Arc<Handoff>,
     service: String,
-    address: Address,
+    /// Whom is asked.
+    agents: String,
     report: Report,
 }
 
 impl Lines {
-    pub fn new(watch: &WatchPlan, upstreams: Rc<Vec<Assembly>>, handoff: Arc<Handoff>) -> Self {
+    pub fn new(watch: &WatchPlan, upstreams: Rc<[Assembly]>, handoff: Arc<Handoff>) -> Self {
         Self {
             lines: watch.lines.clone(),
             upstreams,
             handoff,
             service: printable(watch.query.service().as_bytes(), 100),
-            address: watch.agent.address.clone(),
+            agents: {
+                let all: Vec<_> = watch.agents.addresses.iter().map(Address::to_string).collect();
+                printable(all.join(", ").as_bytes(), 300)
+            },
             report: Report::default(),
         }
     }
@@ -164,9 +229,9 @@ impl Lines {
     }
 
     fn note_of(&self, upstream: &Assembly, level: u32, text: &str) {
-        let (name, service, address) = (&upstream.name, &self.service, &self.address);
+        let (name, service, agents) = (&upstream.name, &self.service, &self.agents);
         let text =
-            format!("consul: upstream \"{name}\": service \"{service}\" at {address}: {text}");
+            format!("consul: upstream \"{name}\": service \"{service}\" at {agents}: {text}");
         self.handoff.note(level, text);
     }
 }
@@ -187,7 +252,11 @@ impl Sink for Lines {
                 }
             }
         }
+        let changed: Vec<usize> = updates.keys().copied().collect();
         self.handoff.give(updates).await;
+        for upstream in changed.into_iter().filter_map(|number| self.upstreams.get(number)) {
+            upstream.news.notify_one();
+        }
         again
     }
 

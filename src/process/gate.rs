@@ -30,6 +30,10 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How often the first one looks whether it is to end.
 const ORDERS: Duration = Duration::from_millis(50);
 
+/// How long the answers are waited for where all upstreams have servers: what is stored may be a
+/// second old, and Consul, where it is well, answers in less than this.
+const GRACE: Duration = Duration::from_millis(250);
+
 /// The word in shared memory.
 #[derive(Default)]
 struct Gate {
@@ -111,9 +115,11 @@ pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
     if unsafe { gate(main) }.open.load(Ordering::Acquire) {
         return;
     }
-    let until = Instant::now() + main.start_timeout();
+    let begin = Instant::now();
     while !applier.all_answered() && !ending() {
-        let left = until.saturating_duration_since(Instant::now());
+        let timeout = main.start_timeout();
+        let patience = if applier.all_serve() { timeout.min(GRACE) } else { timeout };
+        let left = patience.saturating_sub(begin.elapsed());
         if left.is_zero() {
             break;
         }

@@ -3,9 +3,12 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
+use consul_watch::agent::Address;
 use consul_watch::policy::{Overrides, Peer};
-use consul_watch::{Agent, Query, Selection, Status};
+use consul_watch::state::Store;
+use consul_watch::{Agents, Query, Selection, Status};
 use nginx_peers::spec::Attributes;
 use nginx_peers::{Label, Spec};
 
@@ -16,8 +19,12 @@ use crate::conf::{MainConf, Source, Upstream};
 pub struct Plan {
     /// In the configuration's order.
     pub upstreams: Vec<UpstreamPlan>,
-    /// One watch for all lines that ask the same agent for the same thing.
+    /// One watch for all lines that ask the same agents for the same thing.
     pub watches: Vec<WatchPlan>,
+    /// The bound on connections to each agent.
+    pub max_connections: usize,
+    /// Where sets are kept for a start without Consul.
+    pub store: Option<Arc<Store>>,
 }
 
 /// One upstream.
@@ -30,7 +37,7 @@ pub struct UpstreamPlan {
 /// One watch.
 #[derive(Clone)]
 pub struct WatchPlan {
-    pub agent: Agent,
+    pub agents: Agents,
     pub query: Query,
     /// The upstream's number, and the line's within it.
     pub lines: Vec<(usize, usize)>,
@@ -43,8 +50,12 @@ pub struct Line {
     pub query: Query,
     /// Which of them serve.
     pub selection: Selection,
-    /// By what its peers are known again: another query is another source.
+    /// What it asks for, of whom, as a text: another text is another source.
+    pub key: String,
+    /// The text in brief, by which its peers are known again in shared memory.
     pub source: u64,
+    /// The datacenter of the peers that were restored.
+    pub datacenter: Option<String>,
     attributes: Attributes,
     backup: bool,
     /// The balancing method has a use for backups.
@@ -53,87 +64,111 @@ pub struct Line {
 
 impl Plan {
     pub fn new(main: &MainConf) -> Self {
-        let mut watches: HashMap<(&Agent, &Query), Vec<(usize, usize)>> = HashMap::new();
+        let mut watches: HashMap<(&Agents, &Query), Vec<(usize, usize)>> = HashMap::new();
         let mut upstreams = Vec::new();
         for (u, upstream) in main.upstreams.iter().enumerate() {
             for (l, source) in upstream.sources.iter().enumerate() {
-                watches.entry((&upstream.agent, &source.query)).or_default().push((u, l));
+                watches.entry((&upstream.agents, &source.query)).or_default().push((u, l));
             }
             let lines = upstream.sources.iter().map(|source| Line::new(upstream, source)).collect();
             upstreams.push(UpstreamPlan { name: upstream.name.clone(), lines });
         }
         let watches = watches
             .into_iter()
-            .map(|((agent, query), lines)| WatchPlan {
-                agent: agent.clone(),
+            .map(|((agents, query), lines)| WatchPlan {
+                agents: agents.clone(),
                 query: query.clone(),
                 lines,
             })
             .collect();
-        Self { upstreams, watches }
+        let store = main.state_path().map(|path| Arc::new(Store::new(path.to_owned())));
+        Self { upstreams, watches, max_connections: main.max_connections(), store }
     }
 }
 
 impl Line {
     fn new(upstream: &Upstream, source: &Source) -> Self {
+        let key = key(upstream, source);
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
         Self {
             query: source.query.clone(),
             selection: source.selection.clone(),
-            source: fingerprint(upstream, source),
+            // The same in all processes of one build of the module; another build may not know it
+            // again, and then begins without the peers.
+            source: hasher.finish(),
+            key,
             attributes: source.attributes,
+            datacenter: None,
             backup: source.backup,
             knows_backups: upstream.knows_backups,
         }
     }
 
-    /// An instance that should serve, as nginx's list knows it.
-    pub fn spec(&self, peer: Peer) -> Spec {
+    /// An instance that should serve, as nginx's list knows it: a server for each address.
+    pub fn specs(&self, peer: &Peer) -> impl Iterator<Item = Spec> {
         let Overrides { max_conns, max_fails, fail_timeout, backup, down, .. } = peer.overrides;
         let line = &self.attributes;
-        Spec {
-            label: Label::new(&peer.node, &peer.id, self.source),
-            address: peer.address,
+        let label = Label::new(&peer.node, &peer.id, self.source);
+        let backup = backup.filter(|_| self.knows_backups).unwrap_or(self.backup);
+        let attributes = Attributes {
+            weight: peer.weight,
+            max_conns: max_conns.unwrap_or(line.max_conns),
+            max_fails: max_fails.unwrap_or(line.max_fails),
+            fail_timeout: fail_timeout.unwrap_or(line.fail_timeout),
+            down: down.unwrap_or(line.down),
+        };
+        peer.addresses.iter().map(move |address| Spec {
+            label: label.clone(),
+            address: *address,
             server: self.query.service().to_owned(),
-            backup: backup.filter(|_| self.knows_backups).unwrap_or(self.backup),
-            attributes: Attributes {
-                weight: peer.weight,
-                max_conns: max_conns.unwrap_or(line.max_conns),
-                max_fails: max_fails.unwrap_or(line.max_fails),
-                fail_timeout: fail_timeout.unwrap_or(line.fail_timeout),
-                down: down.unwrap_or(line.down),
-            },
-        }
+            backup,
+            attributes,
+        })
     }
 
     /// The way back, for peers that were there before: so they are what they were.
-    pub fn peer(&self, spec: &Spec) -> Peer {
-        let Attributes { weight, max_conns, max_fails, fail_timeout, down } = spec.attributes;
-        Peer {
-            node: spec.label.node().to_owned(),
-            id: spec.label.id().to_owned(),
-            address: spec.address,
-            weight,
-            overrides: Overrides {
-                weight: None,
-                max_conns: Some(max_conns),
-                max_fails: Some(max_fails),
-                fail_timeout: Some(fail_timeout),
-                backup: Some(spec.backup),
-                down: Some(down),
-            },
-            ignored: Vec::new(),
-            status: Status::Passing,
+    pub fn peers(&self, before: &[Spec]) -> Vec<Peer> {
+        let mut peers: Vec<Peer> = Vec::new();
+        // Those of one instance stand side by side.
+        for spec in before.iter().filter(|spec| spec.label.source() == self.source) {
+            match peers.last_mut() {
+                Some(last) if last.node == spec.label.node() && last.id == spec.label.id() => {
+                    last.addresses.push(spec.address);
+                }
+                _ => peers.push(peer(spec)),
+            }
         }
+        peers
     }
 }
 
-/// A number for what a line asks for, of whom. The same in all processes of one build of the
-/// module; another build may not know it again, and then begins without the peers.
-fn fingerprint(upstream: &Upstream, source: &Source) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    let mut tags = source.selection.tags.clone();
+fn peer(spec: &Spec) -> Peer {
+    let Attributes { weight, max_conns, max_fails, fail_timeout, down } = spec.attributes;
+    Peer {
+        node: spec.label.node().to_owned(),
+        id: spec.label.id().to_owned(),
+        addresses: vec![spec.address],
+        weight,
+        overrides: Overrides {
+            weight: None,
+            max_conns: Some(max_conns),
+            max_fails: Some(max_fails),
+            fail_timeout: Some(fail_timeout),
+            backup: Some(spec.backup),
+            down: Some(down),
+        },
+        ignored: Vec::new(),
+        status: Status::Passing,
+        kept_by: None,
+    }
+}
+
+/// What a line asks for, of whom.
+fn key(upstream: &Upstream, source: &Source) -> String {
+    let Selection { tags, health, .. } = &source.selection;
+    let mut tags = tags.clone();
     tags.sort();
-    upstream.agent.address.hash(&mut hasher);
-    (&source.query, tags, source.selection.health).hash(&mut hasher);
-    hasher.finish()
+    let addresses: Vec<_> = upstream.agents.addresses.iter().map(Address::to_string).collect();
+    format!("{} {} {tags:?} {health:?}", addresses.join(" "), source.query)
 }

@@ -3,8 +3,6 @@
 //! It calls no nginx function and touches no shared memory. It ends within a bound: its runtime
 //! has no pool of threads for blocking calls, and dropping it drops whatever waits.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,12 +11,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use consul_watch::Agent;
 use consul_watch::backoff::Backoff;
-use consul_watch::client::{Client, Service};
-use consul_watch::error::{Error, Retry, printable};
+use consul_watch::error::{Retry, printable};
+use consul_watch::resolver::Resolver;
 use consul_watch::watch::follow;
-use nginx_sys::NGX_LOG_CRIT;
+use consul_watch::{Names, Pool};
+use nginx_sys::{NGX_LOG_CRIT, NGX_LOG_WARN};
 use tokio::sync::oneshot;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::sleep;
@@ -26,7 +24,6 @@ use tokio::time::sleep;
 use super::assembly::{Assembly, Lines};
 use super::handoff::Handoff;
 use super::plan::{Plan, WatchPlan};
-use crate::conf::MainConf;
 use crate::guard;
 
 /// The thread, and how to end it.
@@ -37,8 +34,7 @@ pub struct Thread {
 
 impl Thread {
     /// Starts following all upstreams of a configuration.
-    pub fn start(main: &MainConf, handoff: Arc<Handoff>) -> io::Result<Self> {
-        let plan = Plan::new(main);
+    pub fn start(plan: Plan, handoff: Arc<Handoff>) -> io::Result<Self> {
         let (stop, stopped) = oneshot::channel();
         let signals = BlockedSignals::new();
         let handle = std::thread::Builder::new()
@@ -129,19 +125,30 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 
 /// Runs all watches. One that panics is started again; the others do not notice.
 async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
-    let upstreams: Rc<Vec<Assembly>> = Rc::new(
-        plan.upstreams
-            .into_iter()
-            .enumerate()
-            .map(|(number, plan)| Assembly::new(plan, &handoff.last(number)))
-            .collect(),
-    );
-    let clients = Rc::new(Clients::default());
+    let upstreams: Rc<[Assembly]> = plan
+        .upstreams
+        .into_iter()
+        .enumerate()
+        .map(|(number, plan)| Assembly::new(plan, &handoff.last(number)))
+        .collect();
+    if let Some(store) = &plan.store {
+        for number in 0..upstreams.len() {
+            let (upstreams, store, handoff) = (upstreams.clone(), store.clone(), handoff.clone());
+            spawn_local(async move { upstreams[number].keep_stored(&store, &handoff).await });
+        }
+    }
+    let warn = handoff.clone();
+    let pool = Pool::new(plan.max_connections, move |text| {
+        warn.note(NGX_LOG_WARN, format!("consul: {text}"));
+    });
+    let pool = Rc::new(pool);
+    let lookup = Resolver::system();
     for watch in plan.watches {
         let watcher = Watcher {
             watch,
             upstreams: upstreams.clone(),
-            clients: clients.clone(),
+            pool: pool.clone(),
+            lookup: lookup.clone(),
             handoff: handoff.clone(),
         };
         spawn_local(watcher.run());
@@ -152,8 +159,9 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
 /// One watch, for as long as the thread runs.
 struct Watcher {
     watch: WatchPlan,
-    upstreams: Rc<Vec<Assembly>>,
-    clients: Rc<Clients>,
+    upstreams: Rc<[Assembly]>,
+    pool: Rc<Pool>,
+    lookup: Resolver,
     handoff: Arc<Handoff>,
 }
 
@@ -161,15 +169,19 @@ impl Watcher {
     async fn run(self) -> Infallible {
         let mut backoff = Backoff::default();
         loop {
-            let WatchPlan { agent, query, .. } = &self.watch;
-            let (text, retry) = match self.clients.get(agent) {
-                Err(err) => (format!("consul: {}: {err}", agent.address), Retry::Slowly),
+            let WatchPlan { agents, query, .. } = &self.watch;
+            let (text, retry) = match self.pool.client(agents) {
+                Err(err) => (format!("consul: {err}"), Retry::Slowly),
                 Ok(client) => {
-                    let mut service = Service { client, query: query.clone() };
+                    let mut service = client.service(query.clone());
+                    let mut names = Names::new(self.lookup.clone());
                     let upstreams = self.upstreams.clone();
                     let mut sink = Lines::new(&self.watch, upstreams, self.handoff.clone());
                     // A task of its own, so that a panic ends it alone.
-                    let task = spawn_local(async move { follow(&mut service, &mut sink).await });
+                    let task =
+                        spawn_local(
+                            async move { follow(&mut service, &mut names, &mut sink).await },
+                        );
                     let failed = match task.await {
                         Ok(never) => match never {},
                         Err(failed) => failed,
@@ -184,20 +196,5 @@ impl Watcher {
             self.handoff.note(NGX_LOG_CRIT, text);
             sleep(backoff.next(retry)).await;
         }
-    }
-}
-
-/// One client, and so one pool of connections, for each agent.
-#[derive(Default)]
-struct Clients(RefCell<HashMap<Agent, Client>>);
-
-impl Clients {
-    fn get(&self, agent: &Agent) -> Result<Client, Error> {
-        if let Some(client) = self.0.borrow().get(agent) {
-            return Ok(client.clone());
-        }
-        let client = Client::new(agent.clone())?;
-        self.0.borrow_mut().insert(agent.clone(), client.clone());
-        Ok(client)
     }
 }

@@ -2,11 +2,16 @@
 //! of nginx-conf.
 
 use std::fmt::Write;
+use std::net::TcpListener;
 use std::path::Path;
+use std::process::Command;
 
-use testbed::{Backend, Dir, Net, Nginx, Service, http, nginx};
+use testbed::{Authority, Backend, Certificate, Dir, Net, Nginx, Process, Service, http, nginx};
 
-use crate::common::{Instance, PATIENCE, RETRIED, Serve, Stage, serves, serves_now, shares, watch};
+use crate::common::{
+    Instance, PATIENCE, RETRIED, Serve, Stage, asking, serves, serves_now, shares, text, watch,
+};
+use crate::fake_consul::{FakeConsul, entry};
 
 /// Marks the line at fault.
 const HERE: &str = "# here";
@@ -64,8 +69,17 @@ fn mistakes_in_the_parameters_of_a_source() {
         "guard=50",
         "hold=soon",
         "panic=many",
-        "filter=x",
         "slow_start=10s",
+        "filter",
+        "filter=",
+        "filter=\"\"",
+        "ns",
+        "ns=",
+        "partition=",
+        "peer=",
+        "address=",
+        "address=LAN",
+        "address=10.0.0.1",
         "resolve",
         "service=web",
         "down",
@@ -97,6 +111,11 @@ fn mistakes_in_the_parameters_of_a_source() {
         ("weight=1 weight=2", "weight=2"),
         ("health=any tag=a health=any", "health=any"),
         ("dc=a dc=b", "dc=b"),
+        ("ns=a ns=a", "ns=a"),
+        ("partition=a partition=b", "partition=b"),
+        ("peer=a peer=b", "peer=b"),
+        ("filter=a filter=b", "filter=b"),
+        ("address=lan address=wan", "address=wan"),
         ("backup backup", "backup"),
         ("fail_timeout=1s max_fails=1 fail_timeout=1s", "fail_timeout=1s"),
     ] {
@@ -122,7 +141,75 @@ fn mistakes_in_the_name_of_a_service() {
     bench.refused(&line(r#""we\nb""#), r#"service "we\nb" holds a control character"#);
     bench.refused(&line("\"we\nb\""), r#"service "we\nb" holds a control character"#);
     bench.refused(&line(".."), "service \"..\" cannot be asked for");
-    bench.refused(&line(r#"web "tag=a\nb""#), r#"invalid parameter "tag=a\nb""#);
+    for name in ["tag", "filter", "dc", "ns", "partition", "peer"] {
+        bench.refused(
+            &line(&format!(r#"web "{name}=a\nb""#)),
+            &format!(r#"invalid parameter "{name}=a\nb""#),
+        );
+    }
+}
+
+/// In nginx a quote begins something only where a word begins, and `filter="a b"` is two words.
+#[test]
+fn a_filter_may_be_quoted_as_a_whole_or_after_its_name() {
+    let bench = Bench::new("config_filter");
+    let line = |parameters: &str| upstream(&format!("consul_upstream web {parameters};"));
+    // What says the same is the same query.
+    for (one, other) in [
+        (r#"'filter=Meta.v == "2"'"#, r#"filter="Meta.v == \"2\"""#),
+        (r#"'filter=Meta.v == "2"'"#, r#""filter=Meta.v == \"2\"""#),
+        (r#"'filter="x" in Tags'"#, r#"filter="\"x\" in Tags""#),
+        (r#"'filter=Meta.a == "x" and b'"#, "filter=\"Meta.a  ==\n \\\"x\\\" and\tb\""),
+        ("'filter=a is empty'", r#"filter="a is empty" max_fails=2"#),
+        ("'filter=a is empty'", r#"filter=" a is empty" backup"#),
+        ("filter=a", r#"filter="a""#),
+        ("'filter=Meta.`x y` == $z'", r#"filter="Meta.`x y` == $z""#),
+    ] {
+        bench.taken(&line(one));
+        bench.taken(&line(other));
+        let both = format!("consul_upstream web {one}; consul_upstream web {other};");
+        bench.refused(&upstream(&both), "duplicate query for service \"web\"");
+    }
+    bench.taken(&upstream("consul_upstream web; consul_upstream web filter=a;"));
+
+    let quote = "quote the whole: 'filter=EXPRESSION'";
+    for (parameters, begin) in [
+        (r#"filter="a is empty"#, r#""a"#),
+        (r#"filter="Meta.a == \"x and b""#, r#""Meta.a"#),
+        (r#"filter="Meta.a == "x y" and b""#, r#""Meta.a"#),
+        ("filter='a is empty'", "'a"),
+    ] {
+        let says = format!("cannot read parameter \"filter={begin}\", {quote}");
+        bench.refused(&line(parameters), &says);
+    }
+    bench.refused(&line("filter=a is empty"), "invalid parameter \"is\"");
+    bench.refused(&line(r#"filter="a" is empty"#), "invalid parameter \"is\"");
+}
+
+#[test]
+fn a_filter_reaches_consul_as_it_was_meant() {
+    let (net, dir) = (Net::isolated(), Dir::new("config_filter_sent"));
+    let fake = FakeConsul::start(&net);
+    fake.know(7, &[entry("web-1", (net.ip(20), 80).into())]);
+    let mut conf = asking(&net, &dir, &fake.url());
+    let spellings = [
+        r#"'filter=Meta.v == "a\b" and not x'"#,
+        r#""filter=Meta.v == \"a\b\" and not x""#,
+        r#"filter="Meta.v == \"a\b\" and not x""#,
+    ];
+    for (n, filter) in spellings.iter().enumerate() {
+        conf = conf.upstream(&format!("web{n}"), &format!("consul_upstream web{n} {filter};"));
+    }
+    let _nginx = conf.start();
+    for n in 0..spellings.len() {
+        let wanted = format!(
+            "/v1/health/service/web{n}?filter=Meta.v+%3D%3D+%22a%5Cb%22+and+not+x&consistent"
+        );
+        testbed::eventually(PATIENCE, &format!("somebody asks for {wanted}"), || {
+            let targets: Vec<String> = fake.requests().into_iter().map(|it| it.target).collect();
+            if targets.contains(&wanted) { Ok(()) } else { Err(format!("{targets:?}")) }
+        });
+    }
 }
 
 #[test]
@@ -169,6 +256,9 @@ fn mistakes_in_an_upstream() {
         "consul_upstream web tag=a tag=b; consul_upstream web tag=b tag=a;",
         "consul_upstream web weight=1; consul_upstream web weight=2;",
         "consul_upstream web dc=x; consul_upstream web dc=x backup;",
+        "consul_upstream web ns=a peer=b; consul_upstream web peer=b ns=a;",
+        "consul_upstream web address=wan; consul_upstream web weight=2 address=wan;",
+        "consul_upstream web address=lan; consul_upstream web;",
     ] {
         bench.refused(&upstream(lines), "duplicate query for service \"web\"");
     }
@@ -184,24 +274,57 @@ fn mistakes_in_the_settings() {
         let own = format!("upstream web {{ zone web 64k; consul_upstream web;\n{directive}}}");
         bench.refused(&own, says);
     };
+    let begin = "it must begin with \"http://\", \"https://\" or \"unix:/\"";
     for (address, why) in [
-        ("127.0.0.1:8500", "has no scheme, it must begin with \"http://\""),
-        ("localhost", "has no scheme, it must begin with \"http://\""),
-        (
-            "https://127.0.0.1:8501",
-            "has a scheme that is not supported, it must begin with \"http://\"",
-        ),
-        (
-            "unix:///run/consul.sock",
-            "has a scheme that is not supported, it must begin with \"http://\"",
-        ),
+        ("127.0.0.1:8500", &*format!("has no scheme, {begin}")),
+        ("localhost", &*format!("has no scheme, {begin}")),
+        ("ftp://127.0.0.1:8501", &*format!("has a scheme that is not supported, {begin}")),
         ("http://127.0.0.1:8500/v1", "must not have a path, a query or a fragment"),
+        ("https://127.0.0.1:8500/v1", "must not have a path, a query or a fragment"),
         ("http://127.0.0.1:99999", "is not a valid URL"),
         ("http://", "is not a valid URL"),
+        ("unix:consul.sock", "must have an absolute path of at most 107 bytes after \"unix:\""),
     ] {
-        refused(&format!("consul_address {address};"), &format!("address \"{address}\" {why}"));
+        let says = format!("address \"{address}\" {why}");
+        refused(&format!("consul_address {address};"), &says);
+        refused(&format!("consul_address http://127.0.0.1 {address};"), &says);
+    }
+    for (addresses, twice) in [
+        ("http://127.0.0.1:8500 http://127.0.0.1:8500", "http://127.0.0.1:8500"),
+        ("http://consul http://a https://consul HTTP://CONSUL:80/", "HTTP://CONSUL:80/"),
+        ("unix:/run/consul.sock unix:///run/consul.sock", "unix:///run/consul.sock"),
+    ] {
+        let says = format!("duplicate address \"{twice}\"");
+        refused(&format!("consul_address {addresses};"), &says);
     }
 
+    for mode in ["strong", "''", "stale,consistent"] {
+        let shown = mode.trim_matches('\'');
+        refused(
+            &format!("consul_consistency {mode};"),
+            &format!(
+                "\"consul_consistency\" directive invalid value \"{shown}\", it must be \
+                 \"default\", \"stale\" or \"consistent\""
+            ),
+        );
+    }
+    for value in ["yes", "''"] {
+        let shown = value.trim_matches('\'');
+        refused(
+            &format!("consul_ssl_verify {value};"),
+            &format!(
+                "\"consul_ssl_verify\" directive invalid value \"{shown}\", it must be \"on\" or \
+                 \"off\""
+            ),
+        );
+    }
+    for name in ["127.0.0.1", "a/b", "a:443", "*.consul", "''", "'a b'"] {
+        let shown = name.trim_matches('\'');
+        refused(
+            &format!("consul_ssl_server_name {name};"),
+            &format!("server name \"{shown}\" is not a host name"),
+        );
+    }
     for wait in ["0", "999ms", "301s", "6m", "-1s", "soon"] {
         refused(
             &format!("consul_wait {wait};"),
@@ -227,6 +350,9 @@ fn mistakes_in_the_settings() {
 
     for directive in [
         "consul_address http://127.0.0.1:8500;",
+        "consul_ssl_server_name server.dc1.consul;",
+        "consul_ssl_verify off;",
+        "consul_consistency stale;",
         "consul_wait 25s;",
         "consul_timeout 5s;",
         "consul_max_response 64m;",
@@ -235,27 +361,60 @@ fn mistakes_in_the_settings() {
         let says = format!("\"{name}\" directive is duplicate");
         refused(&format!("{directive} {directive}"), &says);
     }
-    bench.refused(
-        &format!("consul_start_timeout 1s; consul_start_timeout 1s; {HERE}\n"),
-        "\"consul_start_timeout\" directive is duplicate",
-    );
     for directive in [
-        "consul_address",
         "consul_token",
         "consul_token_file",
+        "consul_ssl_trusted_certificate",
+        "consul_ssl_certificate",
+        "consul_ssl_certificate_key",
+        "consul_ssl_server_name",
+        "consul_ssl_verify",
+        "consul_consistency",
         "consul_wait",
         "consul_timeout",
         "consul_max_response",
     ] {
+        let says = format!("invalid number of arguments in \"{directive}\" directive");
+        refused(&format!("{directive};"), &says);
+        refused(&format!("{directive} a b;"), &says);
+    }
+    refused("consul_address;", "invalid number of arguments in \"consul_address\" directive");
+}
+
+#[test]
+fn mistakes_in_what_is_set_once_for_all() {
+    let bench = Bench::new("config_once");
+    let refused =
+        |directive: &str, says: &str| bench.refused(&format!("{directive} {HERE}\n"), says);
+    for value in ["0", "65536", "-1", "1.5", "many", "''"] {
+        let shown = value.trim_matches('\'');
         refused(
-            &format!("{directive};"),
-            &format!("invalid number of arguments in \"{directive}\" directive"),
-        );
-        refused(
-            &format!("{directive} a b;"),
-            &format!("invalid number of arguments in \"{directive}\" directive"),
+            &format!("consul_max_connections {value};"),
+            &format!(
+                "\"consul_max_connections\" directive invalid value \"{shown}\", it must be from 1 \
+                 to 65535"
+            ),
         );
     }
+    refused(
+        "consul_state_path '';",
+        "\"consul_state_path\" directive invalid value \"\", it must be a directory or \"off\"",
+    );
+    for directive in
+        ["consul_start_timeout 1s;", "consul_max_connections 9;", "consul_state_path off;"]
+    {
+        let (name, _) = directive.split_once(' ').expect("a name and a value");
+        refused(&format!("{directive} {directive}"), &format!("\"{name}\" directive is duplicate"));
+        let says = format!("invalid number of arguments in \"{name}\" directive");
+        refused(&format!("{name};"), &says);
+        refused(&format!("{name} 1 2;"), &says);
+    }
+    refused(
+        "consul_state_path a; consul_state_path off;",
+        "\"consul_state_path\" directive is duplicate",
+    );
+    bench.taken("consul_max_connections 1; consul_state_path off;");
+    bench.taken("consul_max_connections 65535; consul_state_path /nowhere/at/all;");
 }
 
 /// Whoever reads what `nginx -t` says, or the log after a reload, need not be one who may know it.
@@ -320,6 +479,333 @@ fn mistakes_in_tokens_do_not_repeat_them() {
         "consul_token {SECRET};\n{}",
         upstream(&format!("consul_upstream web; consul_token_file {good};"))
     ));
+    let large = file("large", &"x".repeat((1 << 20) + 1));
+    bench.refused(
+        &format!("consul_token_file {large}; {HERE}\n"),
+        &format!("cannot read token file \"{large}\": larger than 1 MiB"),
+    );
+}
+
+// ---- TLS
+
+/// What goes wrong with the files shows at their lines, whether anybody needs them or not.
+#[test]
+fn files_of_tls_that_cannot_be_read() {
+    let bench = Bench::new("config_tls_files");
+    let authority = Authority::new(&bench.dir, "ca");
+    let good = authority.ca().display().to_string();
+    let missing = bench.dir.join("missing.pem").display().to_string();
+    let directory = bench.dir.path().display().to_string();
+    let large = bench.dir.write("large.pem", "x".repeat((1 << 20) + 1)).display().to_string();
+    for (directive, what) in [
+        ("consul_ssl_trusted_certificate", "trusted certificate"),
+        ("consul_ssl_certificate", "certificate"),
+        ("consul_ssl_certificate_key", "certificate key"),
+    ] {
+        for (file, why) in [
+            (&missing, "No such file or directory (os error 2)"),
+            (&directory, "Is a directory (os error 21)"),
+            (&large, "larger than 1 MiB"),
+        ] {
+            let line = format!("{directive} {file}; {HERE}\n");
+            let says = format!("cannot read {what} \"{file}\": {why}");
+            bench.refused(&line, &says);
+            bench.refused(&upstream(&format!("consul_upstream web;\n{line}")), &says);
+        }
+        bench.refused(
+            &format!("{directive} {good}; {directive} {good}; {HERE}\n"),
+            &format!("\"{directive}\" directive is duplicate"),
+        );
+    }
+}
+
+/// For one test: certificates, and what is wrong with them where they are used.
+struct Tls {
+    bench: Bench,
+    authority: Authority,
+    certificate: Certificate,
+}
+
+impl Tls {
+    fn new(name: &str) -> Tls {
+        let bench = Bench::new(name);
+        let authority = Authority::new(&bench.dir, "ca");
+        let certificate = authority.request("client").issue();
+        Tls { bench, authority, certificate }
+    }
+
+    /// A certificate and its key, as two directives.
+    fn pair(certificate: &Certificate) -> String {
+        let Certificate { cert, key } = certificate;
+        format!(
+            "consul_ssl_certificate {}; consul_ssl_certificate_key {};",
+            cert.display(),
+            key.display()
+        )
+    }
+
+    fn trusted(&self) -> String {
+        format!("consul_ssl_trusted_certificate {};", self.authority.ca().display())
+    }
+
+    /// An upstream whose agent, the second one, has an `https://` address.
+    fn upstream(lines: &str) -> String {
+        let address = "consul_address http://127.0.0.1:8500 https://127.0.0.1:8501;";
+        upstream(&format!("consul_upstream web; {address} {lines}"))
+    }
+
+    #[track_caller]
+    fn refused(&self, http: &str, lines: &str, says: &str) {
+        self.bench.refused(
+            &format!("{http}\n{}", Tls::upstream(lines)),
+            &format!("{says} in upstream \"web\""),
+        );
+    }
+
+    #[track_caller]
+    fn taken(&self, http: &str, lines: &str) {
+        self.bench.taken(&format!("{http}\n{}", Tls::upstream(lines)));
+    }
+}
+
+#[test]
+fn a_certificate_and_its_key_belong_together() {
+    let tls = Tls::new("config_tls_pair");
+    let other = tls.authority.request("other").issue();
+    let (trusted, own) = (tls.trusted(), Tls::pair(&tls.certificate));
+    let names = |certificate: &Certificate| {
+        (certificate.cert.display().to_string(), certificate.key.display().to_string())
+    };
+    let ((cert, key), (other_cert, other_key)) = (names(&tls.certificate), names(&other));
+    tls.taken("", &format!("{trusted} {own}"));
+    tls.taken(&format!("{trusted} {own}"), "");
+    // Each directive replaces that of http by itself.
+    tls.taken(
+        &format!("{trusted} consul_ssl_certificate {cert};"),
+        &format!("consul_ssl_certificate_key {key};"),
+    );
+    tls.taken(&format!("{trusted} {own}"), &Tls::pair(&other));
+
+    let without_key =
+        format!("no \"consul_ssl_certificate_key\" is defined for certificate \"{cert}\"");
+    let without_cert =
+        format!("no \"consul_ssl_certificate\" is defined for certificate key \"{key}\"");
+    for (directive, says) in [
+        (format!("consul_ssl_certificate {cert};"), &without_key),
+        (format!("consul_ssl_certificate_key {key};"), &without_cert),
+    ] {
+        tls.refused("", &format!("{trusted} {directive}"), says);
+        tls.refused(&format!("{trusted} {directive}"), "", says);
+    }
+
+    let mixed = |certificate: &str, key: &str| {
+        format!(
+            "cannot use certificate \"{certificate}\" with key \"{key}\": keys may not be \
+             consistent: KeyMismatch"
+        )
+    };
+    tls.refused(
+        &format!("{trusted} {own}"),
+        &format!("consul_ssl_certificate_key {other_key};"),
+        &mixed(&cert, &other_key),
+    );
+    tls.refused(
+        &format!("{trusted} {own}"),
+        &format!("consul_ssl_certificate {other_cert};"),
+        &mixed(&other_cert, &key),
+    );
+    // Text that is no PEM.
+    let says = |certificate: &str, key: &str| {
+        format!(
+            "cannot use TLS: no valid certificate in \"{certificate}\", or no valid key in \"{key}\""
+        )
+    };
+    let nonsense = tls.bench.dir.write("nonsense.pem", "nonsense").display().to_string();
+    for (cert, key) in [(&nonsense, &key), (&cert, &nonsense), (&cert, &cert), (&key, &key)] {
+        let lines = format!("consul_ssl_certificate {cert}; consul_ssl_certificate_key {key};");
+        tls.refused(&trusted, &lines, &says(cert, key));
+    }
+}
+
+#[test]
+fn trusted_certificates_are_those_of_the_upstream() {
+    let tls = Tls::new("config_tls_trusted");
+    let file = |name: &str, text: &str| tls.bench.dir.write(name, text).display().to_string();
+    let good = tls.trusted();
+    let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    for (bad, broken) in [
+        (file("nonsense.pem", "nonsense"), false),
+        (file("empty.pem", ""), false),
+        (file("broken.pem", broken), true),
+    ] {
+        let trusts = format!("consul_ssl_trusted_certificate {bad};");
+        let says = if broken {
+            format!(
+                "cannot use trusted certificate \"{bad}\": invalid peer certificate: BadEncoding"
+            )
+        } else {
+            format!("cannot use TLS: no valid certificate in \"{bad}\"")
+        };
+        tls.refused("", &trusts, &says);
+        tls.refused(&trusts, "", &says);
+        tls.refused(&good, &trusts, &says);
+        tls.refused("", &format!("{trusts} {}", Tls::pair(&tls.certificate)), &says);
+        tls.taken(&trusts, &good);
+        // Nobody asks over TLS.
+        tls.bench.taken(&format!("{trusts}\n{}", upstream("consul_upstream web;")));
+        tls.bench.taken(&trusts);
+    }
+    tls.taken("", &format!("{good} consul_ssl_server_name server.dc1.consul;"));
+    // One that is good does not speak for the next.
+    let trusts =
+        format!("consul_ssl_trusted_certificate {};", tls.bench.dir.join("empty.pem").display());
+    let address = "consul_address https://127.0.0.1:8501;";
+    let first = format!("upstream good {{ zone good 256k; consul_upstream web; {address} }}");
+    tls.bench.refused(
+        &format!("{good}\n{first}\n{}", Tls::upstream(&trusts)),
+        &format!(
+            "cannot use TLS: no valid certificate in \"{}\" in upstream \"web\"",
+            tls.bench.dir.join("empty.pem").display()
+        ),
+    );
+}
+
+// ---- paths
+
+/// nginx with another directory for its configuration than its prefix.
+struct Apart {
+    net: Net,
+    dir: Dir,
+}
+
+impl Apart {
+    fn new(name: &str) -> Apart {
+        let (net, dir) = (Net::isolated(), Dir::new(name));
+        std::fs::create_dir_all(dir.join("nginx/temp")).unwrap();
+        std::fs::create_dir_all(dir.join("elsewhere")).unwrap();
+        Apart { net, dir }
+    }
+
+    /// Writes the configuration; the prefix is relative, as in `nginx -p nginx`.
+    fn command(&self, main: &str, http: &str) -> Command {
+        let module = testbed::paths::module().unwrap();
+        let builder = Nginx::builder(&self.net, &self.dir)
+            .module(false)
+            .main(format!("load_module {};", module.display()))
+            .main(main)
+            .http(http);
+        self.dir.write("nginx/conf/nginx.conf", builder.conf());
+        let mut command = Command::new(testbed::paths::nginx().unwrap());
+        command.current_dir(self.dir.path()).args(["-p", "nginx", "-c", "conf/nginx.conf"]);
+        command.args(["-e", "error.log", "-g", "daemon off;"]);
+        command
+    }
+
+    fn test(&self, http: &str) -> (bool, String) {
+        self.test_with(http, |command| command)
+    }
+
+    fn test_with(
+        &self,
+        http: &str,
+        change: impl Fn(&mut Command) -> &mut Command,
+    ) -> (bool, String) {
+        let output = change(self.command("", http).arg("-t")).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Starts it; its workers have another working directory. Returns with the worker.
+    fn start(&self, http: &str) -> Process {
+        let elsewhere = self.dir.join("elsewhere");
+        let main = format!("working_directory {};", elsewhere.display());
+        let mut process = Process::spawn(&mut self.command(&main, http)).unwrap();
+        let log = self.dir.join("nginx/error.log");
+        testbed::eventually(PATIENCE, "nginx starts a worker", || {
+            let log = std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(process.ended().is_none(), "{log}");
+            if log.contains("start worker process ") { Ok(()) } else { Err(log) }
+        });
+        process
+    }
+}
+
+#[test]
+fn relative_paths_begin_where_nginxs_own_do() {
+    let apart = Apart::new("config_relative");
+    let authority = Authority::new(&apart.dir, "nginx/conf/tls");
+    authority.request("client").issue();
+    apart.dir.write("nginx/conf/token", SECRET);
+    let (ok, said) = apart.test(
+        "consul_address https://127.0.0.1:8501; consul_token_file token;
+         consul_ssl_trusted_certificate tls/ca.pem;
+         consul_ssl_certificate tls/client.pem; consul_ssl_certificate_key tls/client-key.pem;
+         upstream web { zone web 256k; consul_upstream web; }",
+    );
+    assert!(ok, "{said}");
+    // What is said of them is where they really are.
+    let (ok, said) = apart.test("consul_token_file missing;");
+    let missing = apart.dir.join("nginx/conf/missing").display().to_string();
+    assert!(!ok && said.contains(&format!("cannot read token file \"{missing}\": ")), "{said}");
+}
+
+#[test]
+fn the_state_is_kept_under_the_prefix() {
+    let state = |name: &str, directive: &str, expected: Option<&str>| {
+        let apart = Apart::new(name);
+        let upstream = "upstream web { zone web 256k; consul_upstream web; }";
+        let nobody = "consul_address unix:DIR/nobody.sock; consul_start_timeout 0;";
+        let http = format!("{nobody} {directive} {upstream}")
+            .replace("DIR", &apart.dir.path().display().to_string());
+        let made = || {
+            let places = ["nginx", "nginx/conf", "elsewhere", ""].map(|place| {
+                let entries = std::fs::read_dir(apart.dir.join(place)).unwrap();
+                let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+                names
+                    .filter(|name| name.contains("state"))
+                    .map(move |name| format!("{place}/{name}"))
+            });
+            places.into_iter().flatten().collect::<Vec<_>>()
+        };
+        let (ok, said) = apart.test(&http);
+        assert!(ok, "{said}");
+        assert_eq!(made(), [""; 0], "nginx -t makes nothing");
+        let mut nginx = apart.start(&http);
+        assert_eq!(made(), expected.as_slice());
+        nginx.signal(testbed::Signal::QUIT);
+        assert!(nginx.wait(PATIENCE).is_some(), "it ends");
+    };
+    state("state_default", "", Some("nginx/consul_state"));
+    state("state_relative", "consul_state_path ./the-state;", Some("nginx/the-state"));
+    state("state_absolute", "consul_state_path DIR/state;", Some("/state"));
+    state("state_off", "consul_state_path off;", None);
+}
+
+/// Whose certificates are trusted where nothing is set: read, and nothing else.
+#[test]
+fn the_systems_authorities_stand_in() {
+    let apart = Apart::new("config_roots");
+    let authority = Authority::new(&apart.dir, "ca");
+    let listener = TcpListener::bind((apart.net.ip(10), apart.net.port())).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let http = format!(
+        "consul_address https://{};
+         upstream web {{ zone web 256k; consul_upstream web; }}",
+        listener.local_addr().unwrap()
+    );
+    let empty = apart.dir.join("elsewhere");
+    let roots = |file: &Path| {
+        apart.test_with(&http, |command| {
+            command.env("SSL_CERT_FILE", file).env("SSL_CERT_DIR", &empty)
+        })
+    };
+    let (ok, said) = roots(&authority.ca());
+    assert!(ok, "{said}");
+    let (ok, said) = roots(&apart.dir.write("none.pem", ""));
+    assert!(!ok && said.contains("cannot use TLS: "), "{said}");
+    assert!(said.contains("in upstream \"web\" in "), "{said}");
+    // And nobody was asked.
+    let asked = listener.accept().unwrap_err();
+    assert_eq!(asked.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 #[test]
@@ -332,7 +818,14 @@ fn directives_in_a_wrong_place() {
     refused(&format!("server {{\nconsul_upstream web; {HERE}\n}}"), "consul_upstream");
     refused(&format!("server {{\nconsul_address http://127.0.0.1; {HERE}\n}}"), "consul_address");
     refused(&format!("server {{ location / {{\nconsul_wait 25s; {HERE}\n}} }}"), "consul_wait");
-    refused(&upstream("consul_start_timeout 2s;"), "consul_start_timeout");
+    for directive in
+        ["consul_start_timeout 2s;", "consul_max_connections 9;", "consul_state_path off;"]
+    {
+        let (name, _) = directive.split_once(' ').expect("a name and a value");
+        refused(&upstream(directive), name);
+        refused(&format!("server {{\n{directive} {HERE}\n}}"), name);
+    }
+    refused(&format!("server {{\nconsul_ssl_verify on; {HERE}\n}}"), "consul_ssl_verify");
     let main = Nginx::builder(&bench.net, &bench.dir).main("consul_address http://127.0.0.1;");
     let test = main.config_test();
     assert!(
@@ -358,9 +851,16 @@ fn what_is_no_mistake() {
         "consul_upstream web backup; server 127.0.0.1:1 backup;",
         "consul_upstream web; consul_address http://[::1]:8500; consul_wait 1s;",
         "consul_upstream web; consul_wait 5m; consul_timeout 1ms; consul_max_response 1;",
+        "consul_upstream web dc=dc2 ns=team partition=eu peer=other filter=a address=wan;",
+        "consul_upstream web address=lan; consul_upstream web address=wan;",
+        "consul_upstream web; consul_upstream web ns=a; consul_upstream web partition=a;",
+        "consul_upstream web; consul_address http://10.0.0.1 http://10.0.0.2 unix:/run/consul.sock;",
+        "consul_upstream web; consul_address unix:/run/consul.sock; consul_consistency Stale;",
+        "consul_upstream web; consul_consistency default; consul_ssl_verify OFF;",
     ] {
         bench.taken(&upstream(lines));
     }
+    bench.taken("consul_consistency consistent; consul_ssl_server_name server.dc1.consul;");
     bench.taken("consul_address http://consul.example:8500/; consul_start_timeout 0;");
 }
 
@@ -533,9 +1033,9 @@ impl Example {
     /// Names the Consul: it is the default in some, and written in others.
     fn with_consul(&mut self) {
         let url = self.stage.consul.url();
-        if self.conf.contains("consul_address ") {
+        if self.conf.contains("http://127.0.0.1:8500") {
             self.put("http://127.0.0.1:8500", &url);
-        } else {
+        } else if !self.conf.contains("consul_address ") {
             self.put("http {", &format!("http {{ consul_address {url};"));
         }
     }
@@ -667,6 +1167,57 @@ fn example_services() {
     assert_eq!(meets("/assets/"), first);
 }
 
+#[test]
+fn example_secure() {
+    let mut example = Example::read("secure.conf");
+    let (net, dir) = (example.stage.net.clone(), example.stage.dir.clone());
+    let authority = Authority::new(&dir, "ca");
+    example.stage.consul.stop();
+    example.stage.consul =
+        testbed::Consul::builder(&net, &dir).persistent().tls(&authority, true).acl().start();
+    let consul = &example.stage.consul;
+    consul.install(&authority.request("server").hosts(&["server.dc1.consul"]).issue());
+    let rights = r#"service "web" { policy = "read" } node_prefix "" { policy = "read" }
+        agent_prefix "" { policy = "read" }"#;
+    let (token, client) = (consul.token(rights), authority.request("client").issue());
+    for prefix in ["config-test", "nginx"] {
+        let prefix = Path::new(prefix);
+        dir.write(prefix.join("consul.token"), &token.secret);
+        for (from, to) in [
+            (&authority.ca(), "consul-agent-ca.pem"),
+            (&client.cert, "dc1-client-consul-0.pem"),
+            (&client.key, "dc1-client-consul-0-key.pem"),
+        ] {
+            testbed::tls::copy(from, &dir.join(prefix).join(to));
+        }
+    }
+    let nobody = |host| format!("https://{}:{}", net.ip(host), net.port());
+    let url = consul.https_url();
+    example.put("https://127.0.0.1:8501", &nobody(10));
+    example.put("https://10.0.0.10:8501", &url);
+    example.put("https://10.0.0.11:8501", &nobody(11));
+
+    let one = example.instance("web", "web-1");
+    example.register(std::slice::from_ref(&one.service));
+    let nginx = example.start();
+    serves(nginx.addr(), &["web-1"]);
+    let two = example.instance("web", "web-2");
+    example.register(std::slice::from_ref(&two.service));
+    serves(nginx.addr(), &["web-1", "web-2"]);
+    watch("both are stored", || {
+        let stored = std::fs::read_dir(dir.join("nginx/consul_state")).map_err(text)?;
+        let stored = stored.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+        let stored: String = stored.collect();
+        if stored.contains("web-1") && stored.contains("web-2") { Ok(()) } else { Err(stored) }
+    });
+    drop(nginx);
+
+    // A cold start while Consul is away.
+    example.stage.consul.stop();
+    let nginx = example.start();
+    serves_now(nginx.addr(), &["web-1", "web-2"]);
+}
+
 /// An example that nobody tests would be worth little.
 #[test]
 fn every_example_has_a_test() {
@@ -676,5 +1227,7 @@ fn every_example_has_a_test() {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
     names.sort();
-    assert_eq!(names, ["classic.conf", "datacenters.conf", "minimal.conf", "services.conf"]);
+    let tested =
+        ["classic.conf", "datacenters.conf", "minimal.conf", "secure.conf", "services.conf"];
+    assert_eq!(names, tested);
 }

@@ -2,7 +2,7 @@
 //! asked. It knows nothing of Consul but how a blocking query waits.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -24,6 +24,8 @@ struct Shared {
 
 struct State {
     script: Script,
+    /// For what is no query of a service's health.
+    others: Script,
     /// Counts the scripts.
     version: u64,
     requests: Vec<Request>,
@@ -43,6 +45,10 @@ pub struct Request {
 }
 
 impl Request {
+    fn is_health(&self) -> bool {
+        self.target.starts_with("/v1/health/")
+    }
+
     /// The index that a blocking query waits on.
     pub fn index(&self) -> Option<u64> {
         let (_, query) = self.target.split_once('?')?;
@@ -136,6 +142,7 @@ impl FakeConsul {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 script: Arc::new(|_| None),
+                others: Arc::new(|request| Some(other(request))),
                 version: 0,
                 requests: Vec::new(),
                 connections: Vec::new(),
@@ -175,7 +182,12 @@ impl FakeConsul {
         self.shared.changed.notify_all();
     }
 
-    /// What it was asked so far.
+    /// From now on it answers this to what is no query of a service's health.
+    pub fn others(&self, script: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) {
+        self.shared.lock().others = Arc::new(script);
+    }
+
+    /// The queries of services' health so far.
     pub fn requests(&self) -> Vec<Request> {
         self.shared.lock().requests.clone()
     }
@@ -217,6 +229,11 @@ impl Shared {
     /// The answer, waited for as long as the script holds the request. None at the end.
     fn reply(&self, request: &Request) -> Option<Reply> {
         let mut state = self.lock();
+        if !request.is_health() {
+            let others = state.others.clone();
+            drop(state);
+            return others(request);
+        }
         while !state.ended {
             if let Some(reply) = (state.script)(request) {
                 return Some(reply);
@@ -252,7 +269,9 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 fn serve(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     while let Some(request) = read(&mut reader)? {
-        shared.lock().requests.push(request.clone());
+        if request.is_health() {
+            shared.lock().requests.push(request.clone());
+        }
         let Some(reply) = shared.reply(&request) else { break };
         stream.write_all(&reply.bytes())?;
         match reply.end {
@@ -267,7 +286,16 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     stream.shutdown(std::net::Shutdown::Both)
 }
 
-/// A request without a body, or none at the end of the connection.
+/// What a Consul without ACLs says, which has a leader.
+fn other(request: &Request) -> Reply {
+    match request.target.split('?').next().unwrap_or_default() {
+        "/v1/status/leader" => Reply::new(200, "\"127.0.0.1:8300\""),
+        "/v1/internal/acl/authorize" => Reply::new(401, "ACL support disabled"),
+        _ => Reply::new(404, ""),
+    }
+}
+
+/// A request, whose body is of no interest, or none at the end of the connection.
 fn read(reader: &mut impl BufRead) -> io::Result<Option<Request>> {
     let mut line = String::new();
     if reader.read_line(&mut line)? == 0 {
@@ -282,7 +310,10 @@ fn read(reader: &mut impl BufRead) -> io::Result<Option<Request>> {
             Some((name, value)) => {
                 headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
             }
-            None => return Ok(Some(Request { target, headers })),
+            None => break,
         }
     }
+    let len = headers.get("content-length").and_then(|len| len.parse().ok()).unwrap_or(0);
+    io::copy(&mut reader.take(len), &mut io::sink())?;
+    Ok(Some(Request { target, headers }))
 }

@@ -309,7 +309,8 @@ fn one_process_alone_starts_reloads_and_stops() {
     let [one, two] = stage.web();
     let api = Instance::start(&stage.net, "api", "api-1");
     stage.register([&one, &api]);
-    let conf = stage.nginx().single_process();
+    // With a state there would be nothing to add after a reload.
+    let conf = stage.nginx().single_process().http("consul_state_path off;");
     let mut nginx = conf.clone().upstream("web", "consul_upstream web;").start();
     let addr = nginx.addr();
     serves_now(addr, &["web-1"]);

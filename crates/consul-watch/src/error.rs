@@ -5,6 +5,8 @@ use std::fmt;
 use reqwest::StatusCode;
 use thiserror::Error;
 
+use crate::tls::last_cause;
+
 /// Why a query had no usable answer. The texts never hold a token, nor a byte of an answer that
 /// could not stand in a log line.
 #[derive(Debug, Error)]
@@ -18,6 +20,40 @@ pub enum Error {
     /// 403: the token is unknown, or lacks a right.
     #[error("permission denied (403), check the token and its rights")]
     Denied,
+    /// The token lacks a right that the answer depends on; which one.
+    #[error("permission denied: {0}")]
+    Rights(String),
+    /// The agent does not know a parameter of the query, and would ignore it.
+    #[error("\"{parameter}\" needs {needed}, and the agent is {version}")]
+    Unsupported {
+        /// The parameter.
+        parameter: &'static str,
+        /// What would know it.
+        needed: &'static str,
+        /// The agent's version.
+        version: String,
+    },
+    /// The agent is in another datacenter than the first one of the same list.
+    #[error(
+        "the agent is in datacenter \"{is}\" and the one before it in \"{home}\", it is not used"
+    )]
+    Datacenter {
+        /// Its own.
+        is: String,
+        /// The first one's.
+        home: String,
+    },
+    /// Which of several agents it was.
+    #[error("{address}: {error}")]
+    At {
+        /// Its address.
+        address: String,
+        /// What went wrong.
+        error: Box<Error>,
+    },
+    /// The settings are of no use, which shows only now.
+    #[error("{0}")]
+    Settings(String),
     /// Any other status than 200, with the begin of Consul's text.
     #[error("status {}{}", .status.as_u16(), Explained(.text))]
     Status {
@@ -71,9 +107,9 @@ pub enum Cause {
     Transport,
     /// A status other than 200 and 403.
     Status,
-    /// 403.
+    /// 403, or a right that is missing.
     Denied,
-    /// JSON, index, bounds.
+    /// JSON, index, bounds, and agents that cannot answer the query.
     Invalid,
 }
 
@@ -90,10 +126,14 @@ impl Error {
     /// The error's kind.
     pub fn cause(&self) -> Cause {
         match self {
+            Self::At { error, .. } => error.cause(),
             Self::Transport(_) | Self::Timeout => Cause::Transport,
-            Self::Denied => Cause::Denied,
+            Self::Denied | Self::Rights(_) => Cause::Denied,
             Self::Status { .. } => Cause::Status,
             Self::TooLarge { .. }
+            | Self::Unsupported { .. }
+            | Self::Datacenter { .. }
+            | Self::Settings(_)
             | Self::Index
             | Self::Invalid(_)
             | Self::Unusable { .. }
@@ -104,13 +144,25 @@ impl Error {
     /// When to ask again.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Denied => Retry::Slowly,
+            Self::At { error, .. } => error.retry(),
+            Self::Denied | Self::Unsupported { .. } | Self::Settings(_) => Retry::Slowly,
             Self::Status { status, .. } if *status == StatusCode::TOO_MANY_REQUESTS => {
                 Retry::BackOff
             }
             Self::Status { status, .. } if status.is_client_error() => Retry::Slowly,
             Self::Status { text, .. } if text.contains("No path to datacenter") => Retry::Slowly,
             _ => Retry::BackOff,
+        }
+    }
+
+    /// Whether it is the agent's fault, and another one may do better.
+    pub(crate) fn is_agents(&self) -> bool {
+        match self {
+            Self::Transport(_) | Self::Timeout | Self::Index | Self::Datacenter { .. } => true,
+            Self::Status { status, .. } => {
+                status.is_server_error() && self.retry() == Retry::BackOff
+            }
+            _ => false,
         }
     }
 }
@@ -120,12 +172,7 @@ impl From<reqwest::Error> for Error {
         if err.is_timeout() {
             return Self::Timeout;
         }
-        // reqwest's own sentence is about the request; what a person needs is the last cause.
-        let mut cause: &dyn std::error::Error = &err;
-        while let Some(source) = cause.source() {
-            cause = source;
-        }
-        Self::Transport(printable(cause.to_string().as_bytes(), 200))
+        Self::Transport(last_cause(&err))
     }
 }
 

@@ -4,13 +4,16 @@
 //! entry that makes no sense (a port of 70000, a weight of −1) is that instance's matter alone.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::Deserialize;
+use serde::de::{Deserializer as _, Error as _, SeqAccess, Visitor};
 use serde_json::Value;
 
 use crate::error::{Error, printable};
 use crate::instance::{Instance, Status, Weights, address};
 use crate::policy::meta::PREFIX;
+use crate::query::Network;
 
 /// More instances of one service than any upstream is meant for; a bound on memory.
 pub const MAX_INSTANCES: usize = 100_000;
@@ -28,6 +31,15 @@ struct Entry {
 struct Node {
     node: String,
     address: Option<String>,
+    datacenter: Option<String>,
+    tagged_addresses: Option<Tagged<String>>,
+}
+
+/// Addresses in other networks. There are more than this one (`lan`, `lan_ipv4` …), which only
+/// repeat what stands elsewhere.
+#[derive(Deserialize)]
+struct Tagged<T> {
+    wan: Option<T>,
 }
 
 #[derive(Deserialize)]
@@ -38,9 +50,28 @@ struct Service {
     address: Option<String>,
     // Numbers that come from the catalog as anyone wrote them: judged one by one below.
     port: Option<Value>,
+    ports: Option<Vec<Port>>,
+    tagged_addresses: Option<Tagged<TaggedAddress>>,
     tags: Option<Vec<String>>,
     weights: Option<WeightValues>,
     meta: Option<BTreeMap<String, String>>,
+}
+
+/// One of several ports, from Consul 1.22; a registration has either these or `Port`.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Port {
+    port: Option<Value>,
+    default: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct TaggedAddress {
+    #[serde(alias = "address")]
+    address: Option<String>,
+    #[serde(alias = "port")]
+    port: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -58,34 +89,67 @@ struct Check {
     status: String,
 }
 
-/// Reads an answer's body. The instances come in the order of node and service ID; Consul's own
-/// order is not stable.
-pub fn parse(body: &[u8]) -> Result<Vec<Instance>, Error> {
-    let entries: Vec<Entry> = serde_json::from_slice(body)
-        // The text can quote a piece of the answer.
-        .map_err(|err| Error::Invalid(printable(err.to_string().as_bytes(), 200)))?;
-    if entries.len() > MAX_INSTANCES {
+/// What an answer says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// The instances in the order of node and service ID; Consul's own order is not stable.
+    pub instances: Vec<Instance>,
+    /// The datacenter that they are in; unknown where there are none.
+    pub datacenter: Option<String>,
+}
+
+/// Reads an answer's body; `network` says which of an instance's addresses is meant.
+pub fn parse(body: &[u8], network: Network) -> Result<Listing, Error> {
+    let mut entries = Entries { listing: Listing::default(), network, too_many: false };
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let read = json.deserialize_seq(&mut entries).and_then(|()| json.end());
+    let Entries { mut listing, too_many, .. } = entries;
+    if too_many {
         return Err(Error::TooMany { limit: MAX_INSTANCES });
     }
-    let mut instances: Vec<Instance> = entries.into_iter().map(Entry::judge).collect();
-    instances.sort_by(|a, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
-    Ok(instances)
+    // The text can quote a piece of the answer.
+    read.map_err(|err| Error::Invalid(printable(err.to_string().as_bytes(), 200)))?;
+    listing.instances.sort_by(|a, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
+    Ok(listing)
+}
+
+/// Judges each entry as it is read: a large answer is in memory once, and what it becomes.
+struct Entries {
+    listing: Listing,
+    network: Network,
+    too_many: bool,
+}
+
+impl<'de> Visitor<'de> for &mut Entries {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of instances")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let Listing { instances, datacenter } = &mut self.listing;
+        while let Some(mut entry) = seq.next_element::<Entry>()? {
+            if instances.len() == MAX_INSTANCES {
+                self.too_many = true;
+                return Err(A::Error::custom("too many instances"));
+            }
+            if datacenter.is_none() {
+                *datacenter = entry.node.datacenter.take();
+            }
+            instances.push(entry.judge(self.network));
+        }
+        Ok(())
+    }
 }
 
 impl Entry {
-    fn judge(self) -> Instance {
-        let host = [self.service.address, self.node.address]
-            .into_iter()
-            .flatten()
-            .find(|host| !host.is_empty())
-            .unwrap_or_default();
-        let port = match &self.service.port {
-            None | Some(Value::Null) => Some(0),
-            Some(value) => value.as_i64(),
-        };
+    fn judge(self, network: Network) -> Instance {
+        let (host, port) = self.address(network);
+        let address = address(host, port);
         let checks = self.checks.unwrap_or_default();
         Instance {
-            address: address(&host, port),
+            address,
             tags: self.service.tags.unwrap_or_default(),
             status: checks.iter().map(Check::status).max().unwrap_or(Status::Passing),
             weights: self.service.weights.map(WeightValues::judge).unwrap_or_default(),
@@ -97,6 +161,44 @@ impl Entry {
             node: self.node.node,
             id: self.service.id,
         }
+    }
+
+    /// The service's address, else its node's; in the other network those that are tagged so come
+    /// first. A port of 0 is none.
+    fn address(&self, network: Network) -> (&str, Option<i64>) {
+        let Self { node, service, .. } = self;
+        fn some(host: &Option<String>) -> Option<&str> {
+            host.as_deref().filter(|host| !host.is_empty())
+        }
+        let own = some(&service.address);
+        let nodes = some(&node.address);
+        let tagged = match network {
+            Network::Lan => None,
+            Network::Wan => service.tagged_addresses.as_ref().and_then(|all| all.wan.as_ref()),
+        };
+        let wan = tagged.and_then(|wan| some(&wan.address));
+        let nodes_wan = match network {
+            Network::Lan => None,
+            Network::Wan => node.tagged_addresses.as_ref().and_then(|all| some(&all.wan)),
+        };
+        let host = wan.or(own).or(nodes_wan).or(nodes).unwrap_or_default();
+
+        let default = || service.ports.iter().flatten().find(|port| port.default == Some(true));
+        let ports = [
+            tagged.filter(|_| wan.is_some()).and_then(|wan| wan.port.as_ref()),
+            service.port.as_ref(),
+            default().and_then(|port| port.port.as_ref()),
+        ];
+        let port = ports.into_iter().map(number).find(|port| *port != Some(0)).unwrap_or(Some(0));
+        (host, port)
+    }
+}
+
+/// A port, as somebody wrote it: 0 where there is none, and `None` for what is no number.
+fn number(value: Option<&Value>) -> Option<i64> {
+    match value {
+        None | Some(Value::Null) => Some(0),
+        Some(value) => value.as_i64(),
     }
 }
 
@@ -132,12 +234,21 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::instance::Unusable;
+    use crate::instance::{Endpoint, Host, Unusable};
 
     fn one(value: Value) -> Instance {
-        let mut all = parse(json!([value]).to_string().as_bytes()).unwrap();
+        one_in(Network::Lan, value)
+    }
+
+    fn one_in(network: Network, value: Value) -> Instance {
+        let mut all = parse(json!([value]).to_string().as_bytes(), network).unwrap().instances;
         assert_eq!(all.len(), 1);
         all.remove(0)
+    }
+
+    fn at(text: &str) -> Endpoint {
+        let at: std::net::SocketAddr = text.parse().unwrap();
+        Endpoint { host: Host::Ip(at.ip()), port: at.port() }
     }
 
     fn entry(service: Value, checks: Value) -> Value {
@@ -158,18 +269,17 @@ mod tests {
             "CreateIndex":9,"ModifyIndex":9},
             "Checks":[{"Node":"n1","CheckID":"serfHealth","Name":"x","Status":"passing",
             "Notes":"","Output":"","ServiceID":"","ServiceName":"","ServiceTags":[],"Type":""}]}]"#;
-        assert_eq!(
-            parse(body.as_bytes()).unwrap(),
-            [Instance {
-                node: "n1".into(),
-                id: "web-1".into(),
-                address: Ok("10.0.0.1:80".parse().unwrap()),
-                tags: vec!["app".into()],
-                status: Status::Passing,
-                weights: Weights { passing: 3, warning: 0 },
-                meta: BTreeMap::new(),
-            }]
-        );
+        let instance = Instance {
+            node: "n1".into(),
+            id: "web-1".into(),
+            address: Ok(at("10.0.0.1:80")),
+            tags: vec!["app".into()],
+            status: Status::Passing,
+            weights: Weights { passing: 3, warning: 0 },
+            meta: BTreeMap::new(),
+        };
+        let listing = Listing { instances: vec![instance], datacenter: Some("dc1".into()) };
+        assert_eq!(parse(body.as_bytes(), Network::Lan).unwrap(), listing);
     }
 
     #[test]
@@ -202,9 +312,67 @@ mod tests {
         for service in
             [json!({"ID": "a", "Port": 80}), json!({"ID": "a", "Address": "", "Port": 80})]
         {
-            let at = one(entry(service, json!([]))).address.unwrap();
-            assert_eq!(at.to_string(), "10.0.0.9:80");
+            assert_eq!(one(entry(service, json!([]))).address, Ok(at("10.0.0.9:80")));
         }
+    }
+
+    #[test]
+    fn the_addresses_of_the_other_network_come_first_there() {
+        let node = |wan: Value| {
+            json!({"Node": "n1", "Address": "10.0.0.9",
+                "TaggedAddresses": {"lan": "10.0.0.9", "wan": wan}})
+        };
+        let with = |node: Value, service: Value| {
+            let value = json!({"Node": node, "Service": service, "Checks": []});
+            let [lan, wan] =
+                [Network::Lan, Network::Wan].map(|network| one_in(network, value.clone()).address);
+            (lan.unwrap(), wan.unwrap())
+        };
+        let both = |lan, wan| (at(lan), at(wan));
+        let wan = |wan: Value| json!({"ID": "a", "Address": "10.0.0.1", "Port": 80, "TaggedAddresses": {"wan": wan}});
+        let none = || node(json!(null));
+        for (node, service, expected) in [
+            (
+                none(),
+                wan(json!({"Address": "1.2.3.4", "Port": 8080})),
+                both("10.0.0.1:80", "1.2.3.4:8080"),
+            ),
+            (
+                none(),
+                wan(json!({"address": "1.2.3.4", "port": 8080})),
+                both("10.0.0.1:80", "1.2.3.4:8080"),
+            ),
+            // Without a port of its own it is the service's; without an address it is none.
+            (none(), wan(json!({"Address": "1.2.3.4"})), both("10.0.0.1:80", "1.2.3.4:80")),
+            (none(), wan(json!({"Address": "", "Port": 8080})), both("10.0.0.1:80", "10.0.0.1:80")),
+            (node(json!("5.6.7.8")), wan(json!(null)), both("10.0.0.1:80", "10.0.0.1:80")),
+            // A node's addresses stand in for a service without one.
+            (
+                node(json!("5.6.7.8")),
+                json!({"ID": "a", "Port": 80}),
+                both("10.0.0.9:80", "5.6.7.8:80"),
+            ),
+            (none(), json!({"ID": "a", "Port": 80}), both("10.0.0.9:80", "10.0.0.9:80")),
+        ] {
+            assert_eq!(with(node, service.clone()), expected, "{service}");
+        }
+    }
+
+    #[test]
+    fn the_default_of_several_ports() {
+        let ports = |port: Value, ports: Value| {
+            one(entry(json!({"ID": "a", "Port": port, "Ports": ports}), json!([]))).address
+        };
+        let two = json!([
+            {"Name": "admin", "Port": 9000},
+            {"Name": "http", "Port": 8080, "Default": true}
+        ]);
+        assert_eq!(ports(json!(0), two.clone()), Ok(at("10.0.0.9:8080")));
+        assert_eq!(ports(json!(80), two), Ok(at("10.0.0.9:80")));
+        let no_default = json!([{"Name": "admin", "Port": 9000}]);
+        assert_eq!(ports(json!(0), no_default), Err(Unusable::NoPort));
+        let bad = json!([{"Port": 70000, "Default": true}]);
+        assert_eq!(ports(json!(0), bad), Err(Unusable::InvalidPort));
     }
 
     #[test]
@@ -243,16 +411,22 @@ mod tests {
             r#"[{"Node":{"Node":"n1"},"Service":{"ID":"a","Tags":"x"}}]"#,
             r#"[{"Node":{"Node":"n1"},"Service":{"ID":"a"},"Checks":[{"CheckID":"a"}]}]"#,
         ] {
-            assert!(matches!(parse(body.as_bytes()), Err(Error::Invalid(_))), "{body}");
+            assert!(
+                matches!(parse(body.as_bytes(), Network::Lan), Err(Error::Invalid(_))),
+                "{body}"
+            );
         }
-        assert!(parse(b"[{\"Node\":{\"Node\":\"\xff\"},\"Service\":{\"ID\":\"a\"}}]").is_err());
+        assert!(
+            parse(b"[{\"Node\":{\"Node\":\"\xff\"},\"Service\":{\"ID\":\"a\"}}]", Network::Lan)
+                .is_err()
+        );
     }
 
     #[test]
     fn the_order_is_that_of_node_and_id() {
         let at = |node: &str, id: &str| json!({"Node": {"Node": node, "Address": "1.1.1.1"}, "Service": {"ID": id, "Port": 1}});
         let body = json!([at("n2", "a"), at("n1", "b"), at("n1", "a")]).to_string();
-        let all = parse(body.as_bytes()).unwrap();
+        let all = parse(body.as_bytes(), Network::Lan).unwrap().instances;
         let keys: Vec<_> = all.iter().map(|i| (i.node.as_str(), i.id.as_str())).collect();
         assert_eq!(keys, [("n1", "a"), ("n1", "b"), ("n2", "a")]);
     }
@@ -261,13 +435,13 @@ mod tests {
     fn more_than_the_bound_is_refused() {
         let entry = r#"{"Node":{"Node":"n"},"Service":{"ID":"a"}}"#;
         let body = format!("[{}]", vec![entry; MAX_INSTANCES + 1].join(","));
-        assert!(matches!(parse(body.as_bytes()), Err(Error::TooMany { .. })));
+        assert!(matches!(parse(body.as_bytes(), Network::Lan), Err(Error::TooMany { .. })));
     }
 
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse(&bytes);
+            let _ = parse(&bytes, Network::Wan);
         }
     }
 }

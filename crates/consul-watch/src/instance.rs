@@ -1,7 +1,7 @@
 //! One registered instance, as Consul's answer describes it.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use thiserror::Error;
 
@@ -13,7 +13,7 @@ pub struct Instance {
     /// The service ID, unique on its node.
     pub id: String,
     /// Where it listens, or why that cannot be said.
-    pub address: Result<SocketAddr, Unusable>,
+    pub address: Result<Endpoint, Unusable>,
     /// Its tags.
     pub tags: Vec<String>,
     /// The worst of its checks and its node's.
@@ -22,6 +22,34 @@ pub struct Instance {
     pub weights: Weights,
     /// What of its `Meta` is meant for nginx: the keys that begin with `nginx_`.
     pub meta: BTreeMap<String, String>,
+}
+
+/// A host and a port, as an instance is registered.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// The host.
+    pub host: Host,
+    /// The port, from 1.
+    pub port: u16,
+}
+
+/// Consul takes any text for an address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Host {
+    /// An address.
+    Ip(IpAddr),
+    /// A name, which has to be resolved.
+    Name(Box<str>),
+}
+
+impl Instance {
+    /// The host name that has to be resolved before it can serve.
+    pub fn name(&self) -> Option<&str> {
+        match &self.address {
+            Ok(Endpoint { host: Host::Name(name), .. }) => Some(name),
+            _ => None,
+        }
+    }
 }
 
 /// How healthy an instance is, from the best to the worst.
@@ -69,7 +97,7 @@ pub enum Unusable {
     /// Neither an IP address nor a host name.
     #[error("invalid-address")]
     InvalidAddress,
-    /// A host name, which is not resolved.
+    /// A host name, and no address of it is known.
     #[error("unresolved")]
     Unresolved,
     /// No port, or 0.
@@ -82,22 +110,26 @@ pub enum Unusable {
 
 /// Reads an address and a port as they stand in a registration. The catalog takes any text and
 /// any number: `localhost`, 0 and 70000 are all possible.
-pub(crate) fn address(host: &str, port: Option<i64>) -> Result<SocketAddr, Unusable> {
-    let ip: IpAddr = host.parse().map_err(|_| {
-        if is_host_name(host) { Unusable::Unresolved } else { Unusable::InvalidAddress }
-    })?;
-    if ip.is_unspecified() || ip.is_multicast() {
-        // Connecting to 0.0.0.0 reaches nginx's own host: never what was meant.
-        return Err(Unusable::InvalidAddress);
-    }
+pub(crate) fn address(host: &str, port: Option<i64>) -> Result<Endpoint, Unusable> {
+    let host = match host.parse::<IpAddr>() {
+        Ok(ip) if is_host(ip) => Host::Ip(ip),
+        Err(_) if is_host_name(host) => Host::Name(host.into()),
+        _ => return Err(Unusable::InvalidAddress),
+    };
     match port {
         None => Err(Unusable::InvalidPort),
         Some(0) => Err(Unusable::NoPort),
         Some(port) => {
             let port = u16::try_from(port).map_err(|_| Unusable::InvalidPort)?;
-            Ok(SocketAddr::new(ip, port))
+            Ok(Endpoint { host, port })
         }
     }
+}
+
+/// Connecting to 0.0.0.0 reaches nginx's own host: never what was meant.
+pub(crate) fn is_host(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    !ip.is_unspecified() && !ip.is_multicast() && ip != IpAddr::V4(Ipv4Addr::BROADCAST)
 }
 
 /// RFC 1123's letters, digits, hyphens and dots, and the underscore that is common inside. A name
@@ -120,20 +152,34 @@ mod tests {
 
     #[test]
     fn addresses() {
-        let ok = |h, p| address(h, Some(p)).unwrap().to_string();
-        assert_eq!(ok("10.0.0.1", 80), "10.0.0.1:80");
-        assert_eq!(ok("fe80::1", 65535), "[fe80::1]:65535");
-        assert_eq!(ok("::ffff:1.2.3.4", 1), "[::ffff:1.2.3.4]:1");
+        let ok = |h, p| address(h, Some(p)).unwrap();
+        let ip = |host: &str, port| Endpoint { host: Host::Ip(host.parse().unwrap()), port };
+        assert_eq!(ok("10.0.0.1", 80), ip("10.0.0.1", 80));
+        assert_eq!(ok("fe80::1", 65535), ip("fe80::1", 65535));
+        assert_eq!(ok("::ffff:1.2.3.4", 1), ip("::ffff:1.2.3.4", 1));
+        for name in ["web.example", "localhost", "a_b", "web.example."] {
+            assert_eq!(ok(name, 80), Endpoint { host: Host::Name(name.into()), port: 80 });
+        }
 
         let err = |h, p| address(h, p).unwrap_err();
         assert_eq!(err("10.0.0.1", Some(0)), Unusable::NoPort);
         assert_eq!(err("10.0.0.1", Some(70000)), Unusable::InvalidPort);
         assert_eq!(err("10.0.0.1", Some(-1)), Unusable::InvalidPort);
         assert_eq!(err("10.0.0.1", None), Unusable::InvalidPort);
-        assert_eq!(err("web.example", Some(80)), Unusable::Unresolved);
-        assert_eq!(err("localhost", Some(80)), Unusable::Unresolved);
-        for bad in ["", " ", "10.0.0.256", "1.2.3", "[::1]", "a b", "a\n", "-a", "a..b", "0.0.0.0"]
-        {
+        assert_eq!(err("web.example", Some(0)), Unusable::NoPort);
+        for bad in [
+            "",
+            " ",
+            "10.0.0.256",
+            "1.2.3",
+            "[::1]",
+            "a b",
+            "a\n",
+            "-a",
+            "a..b",
+            "0.0.0.0",
+            "::ffff:0.0.0.0",
+        ] {
             assert_eq!(err(bad, Some(80)), Unusable::InvalidAddress, "{bad:?}");
         }
     }

@@ -18,23 +18,34 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod about;
 pub mod agent;
 pub mod backoff;
 pub mod client;
+mod credentials;
 pub mod error;
+pub mod file;
 pub mod health;
 pub mod instance;
+pub mod names;
 pub mod pace;
 pub mod policy;
+pub mod pool;
 pub mod query;
+mod reach;
 pub mod report;
-mod resolver;
+pub mod resolver;
+mod rights;
+pub mod state;
+pub mod tls;
 pub mod watch;
 
-pub use agent::Agent;
+pub use agent::Agents;
 pub use client::Client;
 pub use error::Error;
-pub use instance::{Instance, Status, Unusable, Weights};
+pub use instance::{Endpoint, Host, Instance, Status, Unusable, Weights};
+pub use names::Names;
 pub use policy::{Health, Peer, Selection};
+pub use pool::Pool;
 pub use query::Query;
 pub use watch::Snapshot;

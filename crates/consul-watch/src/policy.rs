@@ -3,10 +3,13 @@
 //! Pure functions of a snapshot, the line's settings and, where losses are held back
 //! ([`guard`]), of what served before: what they are given decides what they say.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::instance::{Instance, Status, Unusable};
+use crate::instance::{Host, Instance, Status, Unusable};
+use crate::names::Resolved;
+use crate::watch::Snapshot;
 
 pub mod guard;
 pub(crate) mod meta;
@@ -58,8 +61,8 @@ pub struct Peer {
     pub node: String,
     /// The service ID.
     pub id: String,
-    /// Where it listens.
-    pub address: SocketAddr,
+    /// Where it listens: one address, or those that its host name has.
+    pub addresses: Vec<SocketAddr>,
     /// Its weight, at least 1.
     pub weight: u32,
     /// What its `Meta` says beside the weight.
@@ -68,6 +71,17 @@ pub struct Peer {
     pub ignored: Vec<Ignored>,
     /// Its status.
     pub status: Status,
+    /// Why it serves although its status or its absence says that it should not.
+    pub kept_by: Option<KeptBy>,
+}
+
+/// What keeps an instance that Consul alone would take out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KeptBy {
+    /// Its loss is held back.
+    Guard,
+    /// Too few are healthy.
+    Panic,
 }
 
 impl Peer {
@@ -99,6 +113,8 @@ pub enum Reason {
     Warning,
     /// Its weight is 0.
     WeightZero,
+    /// Another instance that serves has the same address and port.
+    Duplicate,
     /// Its address or port is of no use.
     Unusable(Unusable),
 }
@@ -111,6 +127,7 @@ impl fmt::Display for Reason {
             Self::Critical => "critical",
             Self::Warning => "warning",
             Self::WeightZero => "weight-0",
+            Self::Duplicate => "duplicate",
             Self::Unusable(unusable) => return unusable.fmt(f),
         })
     }
@@ -127,12 +144,17 @@ pub struct Verdict {
     pub panic: bool,
 }
 
-/// Judges one instance.
-pub fn judge(selection: &Selection, instance: &Instance) -> Result<Peer, Reason> {
-    judge_at(selection, instance, selection.health.worst())
+/// Judges one instance by itself.
+pub fn judge(selection: &Selection, names: &Resolved, instance: &Instance) -> Result<Peer, Reason> {
+    judge_at(selection, names, instance, selection.health.worst())
 }
 
-fn judge_at(selection: &Selection, instance: &Instance, worst: Status) -> Result<Peer, Reason> {
+fn judge_at(
+    selection: &Selection,
+    names: &Resolved,
+    instance: &Instance,
+    worst: Status,
+) -> Result<Peer, Reason> {
     if !selection.tags.iter().all(|tag| instance.tags.contains(tag)) {
         return Err(Reason::Tag);
     }
@@ -143,7 +165,17 @@ fn judge_at(selection: &Selection, instance: &Instance, worst: Status) -> Result
             Status::Warning | Status::Passing => Reason::Warning,
         });
     }
-    let address = instance.address.map_err(Reason::Unusable)?;
+    let at = instance.address.as_ref().map_err(|why| Reason::Unusable(*why))?;
+    let addresses = match &at.host {
+        Host::Ip(ip) => vec![SocketAddr::new(*ip, at.port)],
+        Host::Name(name) => {
+            let known = names.get(&**name).into_iter().flatten();
+            known.map(|ip| SocketAddr::new(*ip, at.port)).collect()
+        }
+    };
+    if addresses.is_empty() {
+        return Err(Reason::Unusable(Unusable::Unresolved));
+    }
     let (overrides, ignored) = Overrides::read(&instance.meta);
     // 0 takes it out of rotation, whatever else is set.
     let weight = match instance.weights.at(instance.status) {
@@ -153,33 +185,40 @@ fn judge_at(selection: &Selection, instance: &Instance, worst: Status) -> Result
     Ok(Peer {
         node: instance.node.clone(),
         id: instance.id.clone(),
-        address,
+        addresses,
         weight,
         overrides,
         ignored,
         status: instance.status,
+        kept_by: (instance.status > selection.health.worst()).then_some(KeptBy::Panic),
     })
 }
 
 /// Judges all instances of a snapshot.
-pub fn select(selection: &Selection, instances: &[Instance]) -> Verdict {
-    let normal = select_at(selection, instances, selection.health.worst());
+pub fn select(selection: &Selection, snapshot: &Snapshot) -> Verdict {
+    let normal = select_at(selection, snapshot, selection.health.worst());
     if selection.panic == 0 {
         return normal;
     }
     // Those that a check alone keeps out are what the share is taken of: an instance without the
     // tag, or in maintenance, is none of this line's.
-    let all = select_at(selection, instances, Status::Critical);
+    let all = select_at(selection, snapshot, Status::Critical);
     if normal.serve.len() * 100 < all.serve.len() * usize::from(selection.panic) {
         return Verdict { panic: true, ..all };
     }
     normal
 }
 
-fn select_at(selection: &Selection, instances: &[Instance], worst: Status) -> Verdict {
+fn select_at(selection: &Selection, snapshot: &Snapshot, worst: Status) -> Verdict {
     let mut verdict = Verdict::default();
-    for instance in instances {
-        match judge_at(selection, instance, worst) {
+    let mut taken = HashSet::with_capacity(snapshot.instances.len());
+    for instance in snapshot.instances.iter() {
+        let judged = judge_at(selection, &snapshot.names, instance, worst).and_then(|mut peer| {
+            // Nothing else can listen there: it is the same server, registered twice.
+            peer.addresses.retain(|address| taken.insert(*address));
+            if peer.addresses.is_empty() { Err(Reason::Duplicate) } else { Ok(peer) }
+        });
+        match judged {
             Ok(peer) => verdict.serve.push(peer),
             Err(reason) => {
                 let key = (instance.node.clone(), instance.id.clone());
@@ -195,13 +234,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::instance::Weights;
+    use crate::instance::{Endpoint, Weights};
+
+    fn at(host: &str, port: u16) -> Result<Endpoint, Unusable> {
+        let host = match host.parse() {
+            Ok(ip) => Host::Ip(ip),
+            Err(_) => Host::Name(host.into()),
+        };
+        Ok(Endpoint { host, port })
+    }
+
+    fn judge(selection: &Selection, instance: &Instance) -> Result<Peer, Reason> {
+        super::judge(selection, &Resolved::default(), instance)
+    }
+
+    fn snapshot(instances: &[Instance]) -> Snapshot {
+        Snapshot { instances: instances.to_vec().into(), ..Default::default() }
+    }
 
     fn instance(status: Status) -> Instance {
         Instance {
             node: "n1".into(),
             id: "a".into(),
-            address: Ok("10.0.0.1:80".parse().unwrap()),
+            address: at("10.0.0.1", 80),
             tags: vec!["app".into(), "blue".into()],
             status,
             weights: Weights { passing: 5, warning: 2 },
@@ -263,6 +318,48 @@ mod tests {
         assert_eq!(reason.to_string(), "no-port");
     }
 
+    #[test]
+    fn a_host_name_serves_at_all_its_addresses() {
+        let mut it = instance(Status::Passing);
+        it.address = at("web.example", 80);
+        let unresolved = Reason::Unusable(Unusable::Unresolved);
+        assert_eq!(judge(&Selection::default(), &it), Err(unresolved));
+        assert_eq!(unresolved.to_string(), "unresolved");
+        let mut names = Resolved::default();
+        names.insert("web.example".into(), vec![[10, 0, 0, 1].into(), [10, 0, 0, 2].into()]);
+        let peer = super::judge(&Selection::default(), &names, &it).unwrap();
+        let expected: Vec<SocketAddr> =
+            vec!["10.0.0.1:80".parse().unwrap(), "10.0.0.2:80".parse().unwrap()];
+        assert_eq!(peer.addresses, expected);
+    }
+
+    #[test]
+    fn of_two_at_one_address_the_first_serves() {
+        let one = instance(Status::Passing);
+        let two = Instance { id: "b".into(), ..one.clone() };
+        let critical = Instance { id: "0".into(), ..instance(Status::Critical) };
+        let verdict = select(&Selection::default(), &snapshot(&[critical, one, two]));
+        let ids: Vec<_> = verdict.serve.iter().map(|peer| peer.id.as_str()).collect();
+        assert_eq!(ids, ["a"]);
+        let reasons: Vec<_> = verdict.excluded.iter().map(|it| it.reason.to_string()).collect();
+        assert_eq!(reasons, ["critical", "duplicate"]);
+    }
+
+    #[test]
+    fn in_a_panic_each_says_whether_it_is_kept() {
+        let sick =
+            Instance { id: "b".into(), address: at("10.0.0.2", 80), ..instance(Status::Critical) };
+        let all = [instance(Status::Passing), sick];
+        let with = |panic| {
+            let selection = Selection { panic, ..Default::default() };
+            let verdict = select(&selection, &snapshot(&all));
+            let kept: Vec<_> = verdict.serve.iter().map(|peer| peer.kept_by).collect();
+            (verdict.panic, kept)
+        };
+        assert_eq!(with(50), (false, vec![None]));
+        assert_eq!(with(51), (true, vec![None, Some(KeptBy::Panic)]));
+    }
+
     fn any_instance() -> impl Strategy<Value = Instance> {
         let status = prop_oneof![
             Just(Status::Passing),
@@ -271,7 +368,7 @@ mod tests {
             Just(Status::Maintenance)
         ];
         let address = prop_oneof![
-            any::<std::net::SocketAddrV4>().prop_map(|a| Ok(a.into())),
+            (1..20u8, 1..4u16).prop_map(|(host, port)| at(&format!("10.0.0.{host}"), port)),
             Just(Err(Unusable::NoPort))
         ];
         (status, address, any::<(u16, u16)>(), proptest::collection::vec("[ab]", 0..3)).prop_map(
@@ -290,12 +387,21 @@ mod tests {
         #[test]
         fn laxer_health_serves_no_less(all in proptest::collection::vec(any_instance(), 0..20)) {
             let serve = |health| {
-                select(&Selection { health, ..Default::default() }, &all).serve
+                select(&Selection { health, ..Default::default() }, &snapshot(&all)).serve
             };
             let (passing, warning, any) =
                 (serve(Health::Passing), serve(Health::Warning), serve(Health::Any));
-            prop_assert!(passing.iter().all(|peer| warning.contains(peer)));
-            prop_assert!(warning.iter().all(|peer| any.contains(peer)));
+            let addresses = |peers: &[Peer]| -> Vec<SocketAddr> {
+                peers.iter().flat_map(|peer| peer.addresses.clone()).collect()
+            };
+            let within = |some: &[Peer], more: &[Peer]| {
+                let more = addresses(more);
+                addresses(some).iter().all(|address| more.contains(address))
+            };
+            prop_assert!(within(&passing, &warning));
+            prop_assert!(within(&warning, &any));
+            let unique: HashSet<_> = addresses(&any).into_iter().collect();
+            prop_assert_eq!(unique.len(), addresses(&any).len());
             prop_assert!(any.iter().all(|peer| peer.weight >= 1));
             let maintained = all.iter().filter(|i| i.status == Status::Maintenance).count();
             prop_assert!(any.len() <= all.len() - maintained);

@@ -13,16 +13,27 @@
 //! The rules of the index are those of Consul's documentation, "Blocking Queries".
 
 use std::convert::Infallible;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::error::Error;
-use crate::health;
-use crate::instance::{Instance, Unusable};
+use crate::health::{self, Listing};
+use crate::instance::Instance;
+use crate::names::{Lookup, Names, Resolved};
 use crate::pace::Pace;
+use crate::pool::Turn;
+use crate::query::Network;
+
+/// What is news of host names alone is told at most so often.
+const RENAMES: Duration = Duration::from_secs(1);
+
+/// How long host names that are new are waited for before the others of an answer serve.
+const SETTLE: Duration = Duration::from_millis(200);
 
 /// A question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,30 +52,66 @@ pub enum Ask {
 pub struct Answer {
     /// `X-Consul-Index`.
     pub index: u64,
+    /// Consul says that ACLs hide a part of it (`X-Consul-Results-Filtered-By-ACLs`).
+    pub hidden: bool,
     /// The body, as it came.
     pub body: Vec<u8>,
+    /// Its connection is nobody else's until the answer is judged.
+    pub(crate) _turn: Option<Turn>,
+}
+
+impl Answer {
+    /// An answer that nothing is hidden from.
+    pub fn new(index: u64, body: impl Into<Vec<u8>>) -> Self {
+        Self { index, hidden: false, body: body.into(), _turn: None }
+    }
 }
 
 /// Who asks. [`crate::client::Service`] asks an agent; tests answer by themselves.
 pub trait Transport {
     /// Asks, and waits for the whole answer.
     fn ask(&mut self, ask: Ask) -> impl Future<Output = Result<Answer, Error>>;
+
+    /// Makes sure that nothing is hidden from an answer that takes instances away, on these nodes,
+    /// or that has none while none was known.
+    fn vouch(
+        &mut self,
+        answer: &Answer,
+        nodes: &[&str],
+    ) -> impl Future<Output = Result<(), Error>> {
+        let _ = (answer, nodes);
+        std::future::ready(Ok(()))
+    }
+
+    /// Returns when, after an error, asking again may be of use before its time.
+    fn stirred(&mut self) -> impl Future<Output = ()> {
+        std::future::pending()
+    }
+
+    /// Which of an instance's addresses is meant.
+    fn network(&self) -> Network {
+        Network::Lan
+    }
 }
 
-/// All instances of a service at one index, in the order of node and service ID.
-#[derive(Debug, PartialEq, Eq)]
+/// All instances of a service at one index.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Consul's index.
     pub index: u64,
-    /// The instances.
-    pub instances: Vec<Instance>,
+    /// The instances, in the order of node and service ID.
+    pub instances: Arc<[Instance]>,
+    /// The datacenter that they are in; unknown where there are none.
+    pub datacenter: Option<String>,
+    /// The addresses of their host names, as far as they are known.
+    pub names: Arc<Resolved>,
 }
 
 /// Who wants to know.
 pub trait Sink {
-    /// The instances changed. Returns once the new set was taken over: until then the watch does
-    /// not go on. With a time as the result the watch asks the leader then, and calls again,
-    /// changed or not.
+    /// The instances changed, or what their names resolve to. Returns once the new set was taken
+    /// over: until then the watch does not go on. With a time as the result the watch asks the
+    /// leader then, and calls again, changed or not.
     fn changed(&mut self, snapshot: Arc<Snapshot>) -> impl Future<Output = Option<Instant>>;
 
     /// A good answer came, changed or not; it is told before the change.
@@ -75,78 +122,84 @@ pub trait Sink {
 }
 
 /// Follows a service for ever.
-pub async fn follow(transport: &mut impl Transport, sink: &mut impl Sink) -> Infallible {
-    let mut watch = Watch::default();
+pub async fn follow(
+    transport: &mut impl Transport,
+    names: &mut Names<impl Lookup>,
+    sink: &mut impl Sink,
+) -> Infallible {
+    let mut watch = Watch { network: transport.network(), ..Watch::default() };
     let mut backoff = Backoff::default();
     let mut pace = Pace::default();
     loop {
         let ask = watch.next();
-        let answer = match watch.recheck {
-            Some(at) if matches!(ask, Ask::Blocking { .. }) => {
-                let Ok(answer) = timeout_at(at, transport.ask(ask)).await else {
-                    watch.index = None;
-                    continue;
-                };
-                answer
-            }
-            // A consistent read is what a recheck asks for.
-            _ => transport.ask(ask).await,
+        // A consistent read is what a recheck asks for: nothing cuts it short.
+        let until = watch.recheck.filter(|_| matches!(ask, Ask::Blocking { .. }));
+        let asking = cut(until, transport.ask(ask));
+        let Some(answer) = watch.meanwhile(asking, names, sink).await else {
+            watch.index = None;
+            continue;
         };
-        let begin = Instant::now();
-        let verdict = answer.and_then(|answer| watch.judge(ask, answer));
-        // The judging alone: while a set is taken over the watch waits, and costs nothing.
-        let work = begin.elapsed();
-        let rest = match verdict {
+        match watch.take(ask, answer, transport, names, sink).await {
             Err(error) => {
                 sink.failed(&error);
                 watch.index = None;
-                backoff.next(error.retry())
+                let rest = sleep(whole(backoff.next(error.retry())));
+                let stirred = transport.stirred();
+                let rest = async {
+                    tokio::select! { () = rest => (), () = stirred => () }
+                };
+                watch.meanwhile(rest, names, sink).await;
             }
-            Ok(verdict) => {
-                match verdict {
-                    Verdict::Suspicious => (),
-                    Verdict::Same { index } => {
-                        sink.answered();
-                        backoff.reset();
-                        watch.advance(index);
-                    }
-                    Verdict::Changed(snapshot) => {
-                        sink.answered();
-                        backoff.reset();
-                        watch.recheck = sink.changed(snapshot.clone()).await;
-                        watch.advance(snapshot.index);
-                        watch.last = Some(snapshot);
-                    }
+            Ok(work) => {
+                // After a suspicious answer there is none yet.
+                if watch.index.is_some() {
+                    backoff.reset();
                 }
-                pace.next(work)
+                let rest = pace.next(work);
+                if !rest.is_zero() {
+                    watch.meanwhile(sleep(whole(rest)), names, sink).await;
+                }
             }
-        };
-        if !rest.is_zero() {
-            sleep(rest.max(Duration::from_millis(1))).await;
         }
+    }
+}
+
+/// tokio's clock knows no shorter time than a millisecond.
+fn whole(rest: Duration) -> Duration {
+    rest.max(Duration::from_millis(1))
+}
+
+/// Waits for something, until a time if there is one.
+async fn cut<T>(until: Option<Instant>, this: impl Future<Output = T>) -> Option<T> {
+    match until {
+        Some(until) => timeout_at(until, this).await.ok(),
+        None => Some(this.await),
     }
 }
 
 /// What is known so far.
 #[derive(Debug, Default)]
 struct Watch {
+    network: Network,
     /// The index to wait on; none after an error.
     index: Option<u64>,
     /// The highest index taken over.
     high: u64,
     /// What was taken over last.
     last: Option<Arc<Snapshot>>,
+    /// The body that it was read from, in brief: most answers repeat it.
+    body: Option<Brief>,
     /// When the sink wants to be called again, whatever the answer.
     recheck: Option<Instant>,
+    /// When it was told of names last.
+    renamed: Option<Instant>,
 }
 
 enum Verdict {
     /// An older state than the one already seen: not to be believed without asking again.
     Suspicious,
-    Same {
-        index: u64,
-    },
-    Changed(Arc<Snapshot>),
+    Same,
+    Changed(Listing),
 }
 
 impl Watch {
@@ -157,18 +210,102 @@ impl Watch {
         }
     }
 
-    fn judge(&mut self, ask: Ask, answer: Answer) -> Result<Verdict, Error> {
+    /// Waits for `this`; what is news of host names goes on to the sink meanwhile.
+    async fn meanwhile<T>(
+        &mut self,
+        this: impl Future<Output = T>,
+        names: &mut Names<impl Lookup>,
+        sink: &mut impl Sink,
+    ) -> T {
+        let mut this = pin!(this);
+        loop {
+            // Names that rotate are no reason to be busy.
+            let next = self.renamed.map(|at| at + RENAMES);
+            let renamed = async {
+                if let Some(next) = next {
+                    sleep_until(next).await;
+                }
+                names.changed().await;
+            };
+            tokio::select! {
+                biased;
+                value = &mut this => return value,
+                () = renamed => {
+                    if let Some(last) = &self.last {
+                        let renamed = Snapshot { names: names.resolved(), ..(**last).clone() };
+                        self.give(renamed, sink).await;
+                    }
+                    self.renamed = Some(Instant::now());
+                }
+            }
+        }
+    }
+
+    /// Judges an answer and hands over what it changes; how much work that was.
+    async fn take(
+        &mut self,
+        ask: Ask,
+        answer: Result<Answer, Error>,
+        transport: &mut impl Transport,
+        names: &mut Names<impl Lookup>,
+        sink: &mut impl Sink,
+    ) -> Result<Duration, Error> {
+        let answer = answer?;
+        // The judging alone is work: while a set is taken over the watch waits, and costs nothing.
+        let begin = Instant::now();
         // An index of 0 would make the next query return at once.
-        let index = answer.index.max(1);
+        let (index, body) = (answer.index.max(1), brief(&answer.body));
+        let verdict = self.judge(ask, index, &answer.body, body)?;
+        let work = begin.elapsed();
+        match verdict {
+            // The next question is a consistent one.
+            Verdict::Suspicious => self.index = None,
+            Verdict::Same => {
+                sink.answered();
+                self.body = Some(body);
+                self.advance(index);
+            }
+            Verdict::Changed(listing) => {
+                if let Some(nodes) = self.taken_away(&listing.instances) {
+                    transport.vouch(&answer, &nodes).await?;
+                }
+                drop(answer);
+                sink.answered();
+                names.want(listing.instances.iter().filter_map(Instance::name));
+                names.settled(SETTLE).await;
+                let snapshot = Snapshot {
+                    index,
+                    instances: listing.instances.into(),
+                    datacenter: listing.datacenter,
+                    names: names.resolved(),
+                };
+                self.give(snapshot, sink).await;
+                self.body = Some(body);
+                self.advance(index);
+            }
+        }
+        Ok(work)
+    }
+
+    async fn give(&mut self, snapshot: Snapshot, sink: &mut impl Sink) {
+        let snapshot = Arc::new(snapshot);
+        self.recheck = sink.changed(snapshot.clone()).await;
+        self.last = Some(snapshot);
+    }
+
+    fn judge(&self, ask: Ask, index: u64, body: &[u8], brief: Brief) -> Result<Verdict, Error> {
         if index < self.high && matches!(ask, Ask::Blocking { .. }) {
-            self.index = None;
             return Ok(Verdict::Suspicious);
         }
-        let instances = health::parse(&answer.body)?;
-        self.check_use(&instances)?;
+        let due = self.is_due();
+        if !due && self.body == Some(brief) {
+            return Ok(Verdict::Same);
+        }
+        let listing = health::parse(body, self.network)?;
+        self.check_use(&listing.instances)?;
         Ok(match &self.last {
-            Some(last) if last.instances == instances && !self.is_due() => Verdict::Same { index },
-            _ => Verdict::Changed(Arc::new(Snapshot { index, instances })),
+            Some(last) if *last.instances == *listing.instances && !due => Verdict::Same,
+            _ => Verdict::Changed(listing),
         })
     }
 
@@ -176,13 +313,32 @@ impl Watch {
     fn check_use(&self, instances: &[Instance]) -> Result<(), Error> {
         let Some(last) = &self.last else { return Ok(()) };
         let usable = |all: &[Instance]| all.iter().filter(|one| one.address.is_ok()).count();
-        // A host name is no nonsense, though it is not resolved.
-        let nonsense = |one: &&Instance| one.address.is_err_and(|why| why != Unusable::Unresolved);
-        let (all, unusable) = (instances.len(), instances.iter().filter(nonsense).count());
-        if unusable * 2 > all && usable(instances) < usable(&last.instances) {
+        let (all, usable_now) = (instances.len(), usable(instances));
+        let unusable = all - usable_now;
+        if unusable * 2 > all && usable_now < usable(&last.instances) {
             return Err(Error::Unusable { unusable, all });
         }
         Ok(())
+    }
+
+    /// Whether an answer takes instances away, and on which nodes: `None` where it does not. An
+    /// empty one while nothing is known counts, too.
+    fn taken_away<'a>(&'a self, instances: &[Instance]) -> Option<Vec<&'a str>> {
+        let Some(last) = &self.last else {
+            return instances.is_empty().then(Vec::new);
+        };
+        let mut left = instances.iter().map(|one| (&*one.node, &*one.id)).peekable();
+        // Both are in the same order.
+        let mut nodes: Vec<&str> = Vec::new();
+        for one in last.instances.iter() {
+            let this = (&*one.node, &*one.id);
+            while left.next_if(|other| *other < this).is_some() {}
+            if left.peek() != Some(&this) {
+                nodes.push(&one.node);
+            }
+        }
+        nodes.dedup();
+        (!nodes.is_empty()).then_some(nodes)
     }
 
     /// Whether the sink is to be called again.
@@ -195,6 +351,15 @@ impl Watch {
         // Not the maximum: a consistent read with a low index is a restore or a wipe.
         self.high = index;
     }
+}
+
+/// A body's length and hash.
+type Brief = (usize, u64);
+
+fn brief(body: &[u8]) -> Brief {
+    let mut hasher = DefaultHasher::new();
+    body.hash(&mut hasher);
+    (body.len(), hasher.finish())
 }
 
 #[cfg(test)]

@@ -2,24 +2,33 @@
 
 use std::time::{Duration, Instant};
 
-use consul_watch::agent::{Address, Token};
+use consul_watch::agent::{Address, Secret, Token};
+use consul_watch::client::Service;
 use consul_watch::error::{Cause, Retry};
-use consul_watch::watch::{Answer, Ask};
-use consul_watch::{Agent, Client, Error, Query};
+use consul_watch::query::Parameter;
+use consul_watch::watch::{Answer, Ask, Transport};
+use consul_watch::{Agents, Error, Pool, Query};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 const TOKEN: &str = "b1gs33cr3t";
 
-fn agent(address: &str) -> Agent {
-    Agent {
-        address: Address::parse(address).unwrap(),
-        token: Some(Token::new(TOKEN).unwrap()),
-        wait: Duration::from_secs(25),
+fn agents(address: &str) -> Agents {
+    Agents {
+        token: Some(Token::Fixed(Secret::new(TOKEN.as_bytes()).unwrap())),
         timeout: Duration::from_secs(2),
         max_response: 1000,
+        ..Agents::at(Address::parse(address).unwrap())
     }
+}
+
+fn web() -> Query {
+    Query::new("web").unwrap()
+}
+
+fn service(agents: &Agents, query: Query) -> Service {
+    Pool::new(100, |text| panic!("{text}")).client(agents).unwrap().service(query)
 }
 
 /// Reads one request's head.
@@ -54,9 +63,8 @@ fn response(status: &str, headers: &str, body: &str) -> Vec<u8> {
 
 async fn ask(bytes: Vec<u8>, ask: Ask) -> (Result<Answer, Error>, String) {
     let (address, task) = server(bytes).await;
-    let client = Client::new(agent(&address)).unwrap();
-    let query = Query::new("my web", Some("dc2")).unwrap();
-    let answer = client.health(&query, ask).await;
+    let query = Query::new("my web").unwrap().with(Parameter::Datacenter, "dc2").unwrap();
+    let answer = service(&agents(&address), query).ask(ask).await;
     (answer, task.await.unwrap())
 }
 
@@ -91,10 +99,9 @@ async fn a_connection_serves_many_questions() {
             stream.write_all(&answer).await.unwrap();
         }
     });
-    let client = Client::new(agent(&address)).unwrap();
-    let query = Query::new("web", None).unwrap();
+    let mut service = service(&agents(&address), web());
     for _ in 0..3 {
-        client.health(&query, Ask::Consistent).await.unwrap();
+        service.ask(Ask::Consistent).await.unwrap();
     }
     server.await.unwrap();
 }
@@ -176,11 +183,9 @@ async fn an_answer_that_stalls_ends_with_the_timeout() {
         stream.write_all(half).await.unwrap();
         std::future::pending::<()>().await;
     });
-    let mut agent = agent(&address);
-    agent.timeout = Duration::from_millis(200);
+    let agents = Agents { timeout: Duration::from_millis(200), ..agents(&address) };
     let begin = Instant::now();
-    let query = Query::new("web", None).unwrap();
-    let error = Client::new(agent).unwrap().health(&query, Ask::Consistent).await.unwrap_err();
+    let error = service(&agents, web()).ask(Ask::Consistent).await.unwrap_err();
     assert!(matches!(error, Error::Timeout), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(10));
     server.abort();
@@ -190,9 +195,8 @@ async fn an_answer_that_stalls_ends_with_the_timeout() {
 async fn nobody_there() {
     // A port that was just free.
     let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let query = Query::new("web", None).unwrap();
-    let client = Client::new(agent(&format!("http://{address}"))).unwrap();
-    let error = client.health(&query, Ask::Consistent).await.unwrap_err();
+    let agents = agents(&format!("http://{address}"));
+    let error = service(&agents, web()).ask(Ask::Consistent).await.unwrap_err();
     assert_eq!((error.cause(), error.retry()), (Cause::Transport, Retry::BackOff));
     let text = error.to_string();
     assert!(text.contains("refused") && !text.contains(TOKEN), "{text}");
@@ -201,8 +205,7 @@ async fn nobody_there() {
 #[tokio::test]
 async fn a_name_is_resolved() {
     let (address, task) = server(response("200 OK", "X-Consul-Index: 7\r\n", "[]")).await;
-    let client = Client::new(agent(&address.replace("127.0.0.1", "localhost"))).unwrap();
-    let query = Query::new("web", None).unwrap();
-    assert_eq!(client.health(&query, Ask::Consistent).await.unwrap().index, 7);
+    let agents = agents(&address.replace("127.0.0.1", "localhost"));
+    assert_eq!(service(&agents, web()).ask(Ask::Consistent).await.unwrap().index, 7);
     assert!(task.await.unwrap().to_ascii_lowercase().contains("host: localhost:"));
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Peer, Reason, Selection, Verdict};
+use super::{KeptBy, Peer, Reason, Selection, Verdict};
 
 /// When a loss is held back, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,10 +101,13 @@ impl Guard {
         let mut held = BTreeSet::new();
         if loses && now < until {
             // One that was replaced at its address is gone: two instances cannot listen there.
-            let taken: BTreeSet<_> = serving.values().map(|peer| peer.address).collect();
+            let taken: BTreeSet<_> =
+                serving.values().flat_map(|peer| peer.addresses.iter().copied()).collect();
             for (key, peer) in &before {
-                if !serving.contains_key(key) && !taken.contains(&peer.address) {
-                    serving.insert(key.clone(), peer.clone());
+                let mut peer = Peer { kept_by: Some(KeptBy::Guard), ..peer.clone() };
+                peer.addresses.retain(|address| !taken.contains(address));
+                if !serving.contains_key(key) && !peer.addresses.is_empty() {
+                    serving.insert(key.clone(), peer);
                     held.insert(key.clone());
                 }
             }
@@ -147,11 +150,12 @@ mod tests {
         Peer {
             node: "n".into(),
             id: id.to_string(),
-            address: ([10, 0, 0, id], 80).into(),
+            addresses: vec![([10, 0, 0, id], 80).into()],
             weight: 1,
             overrides: Default::default(),
             ignored: Vec::new(),
             status: Status::Passing,
+            kept_by: None,
         }
     }
 
@@ -280,7 +284,7 @@ mod tests {
         let now = Instant::now();
         guard.judge(&verdict(&[1, 2], &[]), now);
         let mut new = peer(9);
-        new.address = peer(1).address;
+        new.addresses = peer(1).addresses;
         let serving = guard.judge(&Verdict { serve: vec![new], ..Verdict::default() }, now);
         assert_eq!(ids(&serving), (vec![2, 9], vec![2]));
     }
@@ -318,6 +322,10 @@ mod tests {
                     prop_assert!(!ids.contains(id));
                 }
                 prop_assert_eq!(ids.len(), serve.len() + held.len());
+                for peer in &serving.peers {
+                    let kept = held.contains(&peer.id.parse().unwrap());
+                    prop_assert_eq!(peer.kept_by, kept.then_some(KeptBy::Guard));
+                }
                 prop_assert_eq!(serving.until.is_some(), !held.is_empty());
                 if let Some(until) = serving.until {
                     prop_assert!(now < until && until <= now + HOLD);

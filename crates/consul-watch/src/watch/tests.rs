@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::error::Cause;
+use crate::names::{Failure, Found};
 
 /// Answers from a script, and what was asked and told, with the times.
 #[derive(Default)]
@@ -23,6 +24,20 @@ impl Transport for Script {
             None => std::future::pending().await,
         }
     }
+}
+
+/// For answers without host names.
+#[derive(Clone)]
+struct Nobody;
+
+impl Lookup for Nobody {
+    async fn lookup(&self, name: String) -> Result<Found, Failure> {
+        panic!("nobody asks for {name}")
+    }
+}
+
+fn no_names() -> Names<Nobody> {
+    Names::new(Nobody)
 }
 
 #[derive(Debug, PartialEq)]
@@ -62,7 +77,7 @@ fn answer(index: u64, ids: &[&str]) -> Result<Answer, Error> {
             json!({"Node": {"Node": "n", "Address": "10.0.0.1"}, "Service": {"ID": id, "Port": 80}})
         })
         .collect();
-    Ok(Answer { index, body: json!(entries).to_string().into_bytes() })
+    Ok(Answer::new(index, json!(entries).to_string()))
 }
 
 async fn run(
@@ -76,8 +91,11 @@ async fn run_with(
     answers: impl IntoIterator<Item = Result<Answer, Error>>,
 ) -> (Vec<(Duration, Ask)>, Vec<Told>) {
     let mut script = Script { answers: answers.into_iter().collect(), ..Default::default() };
-    let _ =
-        tokio::time::timeout(Duration::from_secs(3600), follow(&mut script, &mut listener)).await;
+    let _ = tokio::time::timeout(
+        Duration::from_secs(3600),
+        follow(&mut script, &mut no_names(), &mut listener),
+    )
+    .await;
     assert!(script.answers.is_empty(), "the watch stopped asking");
     (script.asked, listener.told)
 }
@@ -139,7 +157,7 @@ async fn an_index_of_zero_is_one() {
 
 #[tokio::test(start_paused = true)]
 async fn an_error_keeps_the_set_and_asks_consistently() {
-    let bad = || Ok(Answer { index: 8, body: b"<html>".to_vec() });
+    let bad = || Ok(Answer::new(8, "<html>"));
     let (asked, told) = run([
         answer(7, &["a"]),
         Err(Error::Timeout),
@@ -178,7 +196,7 @@ fn addressed(index: u64, addresses: &[&str]) -> Result<Answer, Error> {
                 "Service": {"ID": id.to_string(), "Address": address, "Port": 80}})
         })
         .collect();
-    Ok(Answer { index, body: json!(entries).to_string().into_bytes() })
+    Ok(Answer::new(index, json!(entries).to_string()))
 }
 
 #[tokio::test(start_paused = true)]
@@ -246,7 +264,11 @@ async fn does_not_go_on_before_the_set_is_taken_over() {
     }
     let mut script =
         Script { answers: [answer(7, &["a"]), answer(8, &["b"])].into(), ..Default::default() };
-    let end = tokio::time::timeout(Duration::from_secs(60), follow(&mut script, &mut Stuck)).await;
+    let end = tokio::time::timeout(
+        Duration::from_secs(60),
+        follow(&mut script, &mut no_names(), &mut Stuck),
+    )
+    .await;
     assert!(end.is_err());
     assert_eq!(asks(&script.asked), [Consistent]);
 }
@@ -271,8 +293,11 @@ async fn asks_the_leader_when_the_sink_wants_to_know() {
     let answers = [answer(7, &["a"]), answer(7, &["a"])];
     let mut script = Waiting(Script { answers: answers.into(), ..Default::default() });
     let mut listener = Listener { recheck, ..Default::default() };
-    let end =
-        tokio::time::timeout(Duration::from_secs(3600), follow(&mut script, &mut listener)).await;
+    let end = tokio::time::timeout(
+        Duration::from_secs(3600),
+        follow(&mut script, &mut no_names(), &mut listener),
+    )
+    .await;
     assert!(end.is_err());
     assert_eq!(asks(&script.0.asked), [Consistent, blocking(7), Consistent, blocking(7)]);
     assert_eq!(script.0.asked[2].0.as_secs(), 30);
@@ -299,4 +324,103 @@ async fn a_recheck_survives_errors() {
             changed(7, &["a"]),
         ]
     );
+}
+
+/// Names that change with every question, as soon as they may be asked for.
+#[derive(Clone, Default)]
+struct Rotating(Arc<std::sync::atomic::AtomicU8>);
+
+impl Lookup for Rotating {
+    async fn lookup(&self, _: String) -> Result<Found, Failure> {
+        let n = self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 250;
+        let addresses = vec![[10, 0, 0, n + 1].into()];
+        Ok(Found { addresses, ttl: Duration::ZERO, missing: None })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn host_names_are_resolved_and_what_changes_of_them_is_told() {
+    #[derive(Default)]
+    struct Seen(Vec<(Instant, Arc<Resolved>)>);
+    impl Sink for Seen {
+        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+            self.0.push((Instant::now(), snapshot.names.clone()));
+            None
+        }
+        fn answered(&mut self) {}
+        fn failed(&mut self, error: &Error) {
+            panic!("{error}")
+        }
+    }
+    let hosts: Vec<String> = (0..100).map(|n| format!("host-{n}.example")).collect();
+    let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
+    let mut script = Script { answers: [addressed(7, &hosts)].into(), ..Default::default() };
+    let (mut names, mut seen) = (Names::new(Rotating::default()), Seen::default());
+    let following = follow(&mut script, &mut names, &mut seen);
+    let _ = tokio::time::timeout(Duration::from_secs(600), following).await;
+
+    let (_, first) = &seen.0[0];
+    assert_eq!(first.len(), 100, "the first set has all names");
+    assert!(seen.0.len() > 50, "each name changes about every five seconds");
+    let rests: Vec<_> = seen.0.windows(2).map(|two| two[1].0 - two[0].0).collect();
+    assert!(rests[1..].iter().all(|rest| *rest >= RENAMES), "{rests:?}");
+    assert!(seen.0.windows(2).all(|two| two[0].1 != two[1].1), "nothing is told twice");
+}
+
+/// A transport that does not vouch for what takes instances away.
+struct Unsure(Script);
+
+impl Transport for Unsure {
+    async fn ask(&mut self, ask: Ask) -> Result<Answer, Error> {
+        self.0.ask(ask).await
+    }
+    async fn vouch(&mut self, _: &Answer, nodes: &[&str]) -> Result<(), Error> {
+        Err(Error::Rights(nodes.join(",")))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_vouched_for_takes_nothing_away() {
+    let on = |index, keys: &[(&str, &str)]| {
+        let entries: Vec<_> = keys
+            .iter()
+            .map(|(node, id)| {
+                json!({"Node": {"Node": node, "Address": "10.0.0.1"},
+                    "Service": {"ID": id, "Port": 80}})
+            })
+            .collect();
+        Ok(Answer::new(index, json!(entries).to_string()))
+    };
+    let script = Script {
+        answers: [
+            on(5, &[]),
+            on(6, &[("n1", "a"), ("n2", "b"), ("n3", "c")]),
+            on(7, &[("n1", "a")]),
+            on(8, &[("n0", "x"), ("n1", "a"), ("n2", "b"), ("n3", "c"), ("n4", "y")]),
+            on(9, &[]),
+        ]
+        .into(),
+        ..Default::default()
+    };
+    #[derive(Default)]
+    struct Seen(Vec<String>);
+    impl Sink for Seen {
+        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+            self.0.push(format!("{} at {}", snapshot.instances.len(), snapshot.index));
+            None
+        }
+        fn answered(&mut self) {}
+        fn failed(&mut self, error: &Error) {
+            self.0.push(error.to_string());
+        }
+    }
+    let (mut script, mut names, mut seen) = (Unsure(script), no_names(), Seen::default());
+    let following = follow(&mut script, &mut names, &mut seen);
+    let _ = tokio::time::timeout(Duration::from_secs(600), following).await;
+    let denied = |nodes: &str| format!("permission denied: {nodes}");
+    assert_eq!(
+        seen.0,
+        [denied(""), "3 at 6".into(), denied("n2,n3"), "5 at 8".into(), denied("n0,n1,n2,n3,n4")]
+    );
+    assert!(asks(&script.0.asked)[1..].contains(&Consistent), "asked again by the leader");
 }
