@@ -1,15 +1,15 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test check build bench consul clean
+.PHONY: help demo test check build bench fuzz mutants coverage consul clean
 
 help: ## these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
 
-test: ## unit tests, whole-system tests, the demo, short benchmarks; T=NAME: only the tests with NAME in their name
+test: ## unit tests, whole-system tests, the demo, benchmarks and fuzz targets in short; T=NAME: only the tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
 
 check: ## format, lints, and the licences and sources of the dependencies
@@ -20,7 +20,16 @@ build: ## the module, in target/modules; NGINX_SOURCE_DIR=DIR (and NGINX_BUILD_D
 
 bench: ## the benchmarks; B=NAME: one of them
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
-	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked $(if $(B),--bench $(B))
+	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked --workspace $(if $(B),--bench $(B))
+
+fuzz: ## the fuzz targets, MINUTES=10 each; F=NAME: one of them; needs a nightly Rust
+	@scripts/setup && scripts/fuzz
+
+mutants: ## cargo-mutants over the judgement and the watch: which changes of them no test would notice
+	@scripts/setup && scripts/mutants
+
+coverage: ## which lines of crates/consul-watch its own tests run
+	@scripts/setup && scripts/coverage
 
 consul: ## a Consul for the demo and the tests: CONSUL_BIN, the one on the PATH, or Debian 11's; prints its path
 	@scripts/setup consul && scripts/fetch-consul

@@ -93,7 +93,7 @@ fn body(instances: usize) -> Vec<u8> {
                 "CreateIndex": 1000 + n, "ModifyIndex": 2000 + n,
             })
         };
-        let status = if n % 50 == 0 { "critical" } else { "passing" };
+        let status = if n.is_multiple_of(50) { "critical" } else { "passing" };
         json!({
             "Node": {
                 "ID": "8e436485-73d7-9990-525d-41ec8e7a9e5b", "Node": format!("node-{:04}", n / 20),

@@ -7,7 +7,7 @@ use reqwest::{ClientBuilder, Url, redirect};
 
 use crate::agent::{Agents, Secret, Token};
 use crate::error::Error;
-use crate::resolver::AgentResolver;
+use crate::resolver::{AgentResolver, Resolver};
 use crate::tls::{Tls, provide};
 
 /// Whatever is needed for a request now.
@@ -23,6 +23,7 @@ pub(crate) struct Ready {
 #[derive(Debug)]
 pub(crate) struct Credentials {
     agents: Agents,
+    resolver: Resolver,
     now: Mutex<Now>,
 }
 
@@ -56,8 +57,10 @@ pub(crate) enum Look {
 impl Credentials {
     pub(crate) fn new(agents: Agents) -> Result<Self, Error> {
         let (token, tls) = (agents.token.clone(), agents.tls.clone());
-        let ready = Arc::new(ready(&agents, token.as_ref(), &tls).map_err(Error::Settings)?);
-        Ok(Self { agents, now: Mutex::new(Now { token, tls, ready, trouble: None }) })
+        let resolver = Resolver::system();
+        let ready = ready(&agents, &resolver, token.as_ref(), &tls).map_err(Error::Settings)?;
+        let now = Now { token, tls, ready: Arc::new(ready), trouble: None };
+        Ok(Self { agents, resolver, now: Mutex::new(now) })
     }
 
     /// What to use for a request.
@@ -105,12 +108,17 @@ impl Credentials {
         }
         let token = token.map(Token::File).or(now.token.clone());
         let tls = tls.unwrap_or(now.tls.clone());
-        let ready = Arc::new(ready(&self.agents, token.as_ref(), &tls)?);
+        let ready = Arc::new(ready(&self.agents, &self.resolver, token.as_ref(), &tls)?);
         Ok(Some(Now { token, tls, ready, trouble: None }))
     }
 }
 
-fn ready(agents: &Agents, token: Option<&Token>, tls: &Tls) -> Result<Ready, String> {
+fn ready(
+    agents: &Agents,
+    resolver: &Resolver,
+    token: Option<&Token>,
+    tls: &Tls,
+) -> Result<Ready, String> {
     let token = match token {
         None => None,
         Some(token) => Some(token.secret().map_err(|err| match token {
@@ -121,7 +129,7 @@ fn ready(agents: &Agents, token: Option<&Token>, tls: &Tls) -> Result<Ready, Str
     let http = agents.addresses.iter().map(|address| {
         provide();
         let mut url = address.url();
-        let mut resolver = AgentResolver::default();
+        let mut instead = None;
         let mut builder = ClientBuilder::new()
             // The environment's proxy is not asked for: the token would go to it.
             .no_proxy()
@@ -138,7 +146,8 @@ fn ready(agents: &Agents, token: Option<&Token>, tls: &Tls) -> Result<Ready, Str
             if let Some(name) = &tls.server_name {
                 // The URL's host is the name that is verified, and sent along; the resolver
                 // knows where the agent really is.
-                resolver = AgentResolver::instead(url.host_str().unwrap_or_default());
+                let host = url.host_str().unwrap_or_default();
+                instead = Some(host.trim_matches(['[', ']']).to_owned());
                 let port = url.port_or_known_default();
                 let named = url.set_host(Some(name.as_str())).is_ok() && url.set_port(port).is_ok();
                 debug_assert!(named, "a server name is a host's name");
@@ -147,6 +156,7 @@ fn ready(agents: &Agents, token: Option<&Token>, tls: &Tls) -> Result<Ready, Str
             // No roots are needed, and a system without any is no error.
             builder = builder.tls_certs_only([]);
         }
+        let resolver = AgentResolver { resolver: resolver.clone(), instead };
         let client = builder.dns_resolver(Arc::new(resolver)).build();
         let client = client.map_err(|err| crate::tls::last_cause(&err))?;
         Ok((client, url))

@@ -95,19 +95,11 @@ impl Lookup for Resolver {
 }
 
 /// The addresses of the agent of one client.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct AgentResolver {
-    system: Resolver,
+    pub(crate) resolver: Resolver,
     /// Where the agent is, whatever name is asked for.
-    instead: Option<String>,
-}
-
-impl AgentResolver {
-    /// One that resolves `host` instead of the name that is verified.
-    pub(crate) fn instead(host: &str) -> Self {
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        Self { instead: Some(host), ..Self::default() }
-    }
+    pub(crate) instead: Option<String>,
 }
 
 impl Resolve for AgentResolver {
@@ -118,7 +110,7 @@ impl Resolve for AgentResolver {
             if let Ok(ip) = host.parse::<IpAddr>() {
                 return Ok(Box::new(std::iter::once(SocketAddr::new(ip, 0))) as Addrs);
             }
-            let found = this.system.find(host).await?;
+            let found = this.resolver.find(host).await?;
             Ok(Box::new(found.addresses.into_iter().map(|ip| SocketAddr::new(ip, 0))) as Addrs)
         })
     }
