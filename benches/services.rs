@@ -108,7 +108,7 @@ fn measure(case: &Case, quick: bool) -> bool {
     let other = nginx.worker_pids().into_iter().find(|pid| *pid != follower).expect("two workers");
     let memory = resident(follower) - resident(other);
 
-    let samples = if quick { 3 } else { 40 };
+    let samples = if quick { 3 } else { 20 };
     let times: Vec<Duration> = (0..samples)
         .map(|sample| {
             let service = (sample * 37 + 11) % case.services;

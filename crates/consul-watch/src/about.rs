@@ -51,8 +51,8 @@ struct Tags {
 impl About {
     /// Reads the answer.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
-        let Agent { config, member } = serde_json::from_slice(body)
-            .map_err(|err| Error::Invalid(printable(err.to_string().as_bytes(), 200)))?;
+        let Agent { config, member } =
+            serde_json::from_slice(body).map_err(|err| Error::json(&err))?;
         let build = member.and_then(|member| member.tags?.build).unwrap_or_default();
         let metadata = config.version_metadata.unwrap_or_default();
         // Where it says so has changed over the versions.

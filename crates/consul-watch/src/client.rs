@@ -7,6 +7,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+use reqwest::header::HeaderValue;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use tokio::sync::watch;
 use tokio::task::yield_now;
@@ -25,6 +26,9 @@ use crate::watch::{Answer, Ask, Transport};
 /// Slack for a blocking query beyond its wait: Consul adds up to a sixteenth of the wait, and the
 /// answer has to travel.
 const SLACK: Duration = Duration::from_secs(12);
+
+/// The header for the token.
+const TOKEN: &str = "X-Consul-Token";
 
 /// How much of an error's text is kept.
 const ERROR_TEXT: usize = 200;
@@ -335,7 +339,7 @@ impl Inner {
         }
         let request = http.request(method, url);
         match token {
-            Some(token) => request.header("X-Consul-Token", token.as_str()),
+            Some(token) => request.header(TOKEN, token.as_str()),
             None => request,
         }
     }
@@ -410,16 +414,24 @@ fn parameters(query: &Query) -> Vec<(&'static str, String)> {
 
 /// Sends a request; an answer with another status than 200 is an error.
 async fn succeeded(request: RequestBuilder) -> Result<Response, Error> {
-    let mut response = request.send().await?;
+    let (http, request) = request.build_split();
+    let request = request?;
+    let token = request.headers().get(TOKEN).cloned();
+    let mut response = http.execute(request).await?;
     let status = response.status();
     if status == StatusCode::OK {
         return Ok(response);
     }
     // The index of such an answer means nothing: 500 and 403 carry a 1.
     let text = body(&mut response, ERROR_TEXT * 4).await.unwrap_or_default();
+    let mut text = String::from_utf8_lossy(&text).into_owned();
+    if let Some(Ok(token)) = token.as_ref().map(HeaderValue::to_str) {
+        // Some servers show in their error pages what they were asked.
+        text = text.replace(token, "...");
+    }
     Err(match status {
         StatusCode::FORBIDDEN => Error::Denied,
-        _ => Error::Status { status, text: printable(&text, ERROR_TEXT) },
+        _ => Error::Status { status, text: printable(text.as_bytes(), ERROR_TEXT) },
     })
 }
 

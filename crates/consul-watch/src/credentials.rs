@@ -8,7 +8,7 @@ use reqwest::{ClientBuilder, Url, redirect};
 use crate::agent::{Agents, Secret, Token};
 use crate::error::Error;
 use crate::resolver::{AgentResolver, Resolver};
-use crate::tls::{Tls, provide};
+use crate::tls::{Tls, last_cause, provide};
 
 /// Whatever is needed for a request now.
 #[derive(Debug)]
@@ -158,7 +158,7 @@ fn ready(
         }
         let resolver = AgentResolver { resolver: resolver.clone(), instead };
         let client = builder.dns_resolver(Arc::new(resolver)).build();
-        let client = client.map_err(|err| crate::tls::last_cause(&err))?;
+        let client = client.map_err(|err| tls.blame(&last_cause(&err)))?;
         Ok((client, url))
     });
     Ok(Ready { token, http: http.collect::<Result<_, String>>()? })

@@ -123,6 +123,19 @@ pub enum Retry {
 }
 
 impl Error {
+    /// JSON of another shape. What serde quotes of it stays out of the text: who shows in an answer
+    /// what it was asked shows the token.
+    pub(crate) fn json(err: &serde_json::Error) -> Self {
+        let text = err.to_string();
+        let text = match (text.find('"'), text.rfind('"')) {
+            (Some(begin), Some(end)) if begin < end => {
+                format!("{}...{}", &text[..=begin], &text[end..])
+            }
+            _ => text,
+        };
+        Self::Invalid(printable(text.as_bytes(), 200))
+    }
+
     /// The error's kind.
     pub fn cause(&self) -> Cause {
         match self {
@@ -220,5 +233,17 @@ mod tests {
         assert_eq!(status(404, "").to_string(), "status 404");
         assert_eq!(printable(b" a\r\nb\x00\xff ", 99), "a\\r\\nb\\u{0}\\u{fffd}");
         assert_eq!(printable(b"abcdef", 3), "abc...");
+    }
+
+    #[test]
+    fn json_is_not_quoted() {
+        for (json, says) in [
+            (r#""a \"secret\"""#, "invalid type: string \"...\", expected u8 at line 1 column 14"),
+            ("1000", "invalid value: integer `1000`, expected u8 at line 1 column 4"),
+            ("[", "invalid type: sequence, expected u8 at line 1 column 0"),
+        ] {
+            let error = Error::json(&serde_json::from_str::<u8>(json).unwrap_err());
+            assert_eq!(error.to_string(), format!("invalid answer: {says}"));
+        }
     }
 }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer as _, Error as _, SeqAccess, Visitor};
 use serde_json::Value;
 
-use crate::error::{Error, printable};
+use crate::error::Error;
 use crate::instance::{Instance, Status, Weights, address};
 use crate::policy::meta::PREFIX;
 use crate::query::Network;
@@ -107,8 +107,7 @@ pub fn parse(body: &[u8], network: Network) -> Result<Listing, Error> {
     if too_many {
         return Err(Error::TooMany { limit: MAX_INSTANCES });
     }
-    // The text can quote a piece of the answer.
-    read.map_err(|err| Error::Invalid(printable(err.to_string().as_bytes(), 200)))?;
+    read.map_err(|err| Error::json(&err))?;
     listing.instances.sort_by(|a, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
     Ok(listing)
 }

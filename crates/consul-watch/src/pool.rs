@@ -20,7 +20,7 @@ use crate::error::Error;
 
 /// Within this time every watch of an agent has had its turn; Consul adds a sixteenth to a wait,
 /// and the answers have to travel.
-const ROUND: Duration = Duration::from_secs(13);
+const ROUND: Duration = Duration::from_secs(14);
 
 /// A shorter wait is polling. With so many watches that this is not enough, a round is longer.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -140,7 +140,7 @@ mod tests {
         let two = [limit.join(), limit.join()];
         assert_eq!(limit.wait(CONFIGURED), CONFIGURED);
         let three = limit.join();
-        assert!(limit.wait(CONFIGURED) < Duration::from_secs(9));
+        assert!(limit.wait(CONFIGURED) < Duration::from_secs(10));
         drop(three);
         assert_eq!(limit.wait(CONFIGURED), CONFIGURED);
         drop(two);

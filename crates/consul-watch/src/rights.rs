@@ -43,8 +43,7 @@ struct Right {
 
 /// The first right that is missing.
 pub(crate) fn missing(body: &[u8], number: usize) -> Result<Option<String>, Error> {
-    let rights: Vec<Right> = serde_json::from_slice(body)
-        .map_err(|err| Error::Invalid(printable(err.to_string().as_bytes(), 200)))?;
+    let rights: Vec<Right> = serde_json::from_slice(body).map_err(|err| Error::json(&err))?;
     if rights.len() != number {
         return Err(Error::Invalid("not as many rights as were asked for".into()));
     }

@@ -83,6 +83,21 @@ impl Tls {
         builder.build().map(drop).map_err(|err| TlsError::Setup(last_cause(&err)))
     }
 
+    /// Which file a client could not be made of, though all could be read, and why.
+    pub(crate) fn blame(&self, why: &str) -> String {
+        let plain = Self { identity: None, ..self.clone() };
+        match (&self.identity, &self.trusted) {
+            (Some((certificate, key)), _) if plain.check().is_ok() => {
+                let (certificate, key) = (certificate.path().display(), key.path().display());
+                format!("certificate \"{certificate}\" with key \"{key}\": {why}")
+            }
+            (_, Some(trusted)) => {
+                format!("trusted certificate \"{}\": {why}", trusted.path().display())
+            }
+            _ => why.to_owned(),
+        }
+    }
+
     /// Gives these settings to a client.
     pub(crate) fn configure(&self, mut builder: ClientBuilder) -> Result<ClientBuilder, TlsError> {
         if let Some(trusted) = &self.trusted {
@@ -163,5 +178,86 @@ mod tests {
         ] {
             assert_eq!(ServerName::new(bad), Err(TlsError::ServerName), "{bad:?}");
         }
+    }
+
+    /// Certificates of a test, in files.
+    struct Files(std::path::PathBuf);
+
+    impl Files {
+        fn new(name: &str) -> Self {
+            let name = format!("consul-watch-tls-{name}-{}", std::process::id());
+            let dir = std::env::temp_dir().join(name);
+            std::fs::create_dir_all(&dir).unwrap();
+            Self(dir)
+        }
+
+        fn write(&self, name: &str, text: &str) -> Loaded {
+            let path = self.0.join(name);
+            std::fs::write(&path, text).unwrap();
+            Loaded::read(path).unwrap()
+        }
+
+        /// A certificate that is its own authority, and its key.
+        fn certificate(&self, name: &str) -> (Loaded, Loaded) {
+            let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
+            let key = self.write(&format!("{name}.key"), &made.signing_key.serialize_pem());
+            (self.write(&format!("{name}.pem"), &made.cert.pem()), key)
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn settings_that_could_and_could_not_work() {
+        let files = Files::new("check");
+        let ((one, key), (_, other)) = (files.certificate("one"), files.certificate("other"));
+        let nonsense = files.write("nonsense", "-----BEGIN CERTIFICATE-----\nnonsense\n");
+        let empty = files.write("empty", "");
+        let with = |trusted: Option<&Loaded>, identity: Option<(&Loaded, &Loaded)>| Tls {
+            trusted: trusted.cloned(),
+            identity: identity.map(|(certificate, key)| (certificate.clone(), key.clone())),
+            ..Tls::default()
+        };
+        with(Some(&one), None).check().unwrap();
+        with(Some(&one), Some((&one, &key))).check().unwrap();
+        Tls { verify: false, ..with(Some(&one), None) }.check().unwrap();
+
+        for bad in [&nonsense, &empty, &key] {
+            let error = with(Some(bad), None).check().unwrap_err();
+            assert_eq!(error, TlsError::Certificates(bad.path().to_owned()));
+            assert!(error.to_string().contains(&bad.path().display().to_string()));
+        }
+        for (certificate, key) in [(&empty, &key), (&one, &empty)] {
+            let error = with(Some(&one), Some((certificate, key))).check().unwrap_err();
+            assert!(matches!(error, TlsError::Identity { .. }), "{error}");
+        }
+        let foreign = with(Some(&one), Some((&one, &other)));
+        let TlsError::Setup(why) = foreign.check().unwrap_err() else { panic!("another error") };
+        let blamed = foreign.blame(&why);
+        assert!(blamed.starts_with("certificate \"") && blamed.contains("other.key"), "{blamed}");
+    }
+
+    #[test]
+    fn files_that_change_are_read_again() {
+        let files = Files::new("reread");
+        let ((one, key), (trusted, _)) = (files.certificate("one"), files.certificate("trusted"));
+        let tls = Tls { trusted: Some(trusted), identity: Some((one, key)), ..Tls::default() };
+        assert!(tls.reread().is_none());
+        files.certificate("one");
+        let next = tls.reread().unwrap().unwrap();
+        assert_ne!(next.identity, tls.identity);
+        assert_eq!(next.trusted, tls.trusted);
+        next.check().unwrap();
+        files.certificate("trusted");
+        assert_ne!(next.reread().unwrap().unwrap().trusted, next.trusted);
+        // What is no file any more cannot be read.
+        std::fs::remove_file(files.0.join("one.key")).unwrap();
+        std::fs::create_dir(files.0.join("one.key")).unwrap();
+        let error = tls.reread().unwrap().unwrap_err();
+        assert!(error.to_string().contains("one.key"), "{error}");
     }
 }
