@@ -218,6 +218,9 @@ unsafe extern "C" fn on_wake(event: *mut ngx_event_t) {
         unsafe {
             let connection: *mut ngx_connection_t = (*event).data.cast();
             let applier: *mut Applier = (*connection).data.cast();
+            if (*connection).close() != 0 {
+                (*applier).handoff.begin_exit();
+            }
             (*applier).take();
             if ngx_handle_read_event(event, 0) != NGX_OK as ngx_int_t {
                 log::cycle(NGX_LOG_CRIT, format_args!("consul: the eventfd is lost"));

@@ -4,12 +4,14 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::fmt;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use consul_watch::agent::Address;
 use consul_watch::error::{Error, printable};
+use consul_watch::instance::Instance;
 use consul_watch::policy::{self, Guard, Key, Peer};
 use consul_watch::report::Report;
 use consul_watch::state::{Source, State, Store};
@@ -45,6 +47,8 @@ struct Known {
     /// What serves. Until the line has had an answer these are the peers that were there before:
     /// that it has had none says nothing against them.
     peers: Vec<Peer>,
+    /// Where instances were before, as long as their host names have not been resolved since.
+    before: BTreeMap<Key, Vec<IpAddr>>,
     /// The datacenter that they are in, where an answer said so.
     datacenter: Option<String>,
     /// How many instances Consul has registered; none before the first answer.
@@ -87,6 +91,13 @@ impl Assembly {
         Some(Judged { update, until, notes })
     }
 
+    /// The instances that serve by a line.
+    fn serving(&self, line: usize) -> Vec<Key> {
+        let lines = self.lines.borrow();
+        let peers = lines.get(line).into_iter().flat_map(|known| &known.peers);
+        peers.filter(|peer| is_whole(&peer.node)).map(Peer::key).collect()
+    }
+
     /// What to begin with where Consul is away.
     fn state(&self) -> State {
         let lines = self.lines.borrow();
@@ -105,6 +116,10 @@ impl Assembly {
         let mut complained: Option<Instant> = None;
         loop {
             self.news.notified().await;
+            if handoff.is_exiting() {
+                // The file is the next generation's, which may ask for something else.
+                continue;
+            }
             match store.save(&self.name, &self.state()) {
                 Ok(_) => complained = None,
                 Err(err) => {
@@ -128,16 +143,38 @@ impl Known {
         let peers = line.peers(before);
         let mut guard = line.selection.guard();
         guard.restore(peers.iter().cloned());
+        let ips = |peer: &Peer| peer.addresses.iter().map(|address| address.ip()).collect();
+        let before = peers.iter().map(|peer| (peer.key(), ips(peer))).collect();
         let datacenter = line.datacenter.take();
-        Self { line, guard, peers, datacenter, registered: None, held: 0, panic: false }
+        Self { line, guard, peers, before, datacenter, registered: None, held: 0, panic: false }
     }
 
     fn specs(&self) -> impl Iterator<Item = Spec> {
         self.peers.iter().flat_map(|peer| self.line.specs(peer))
     }
 
+    /// The snapshot with the addresses from before for names that could not be resolved yet: name
+    /// servers that are away take nothing from new workers either.
+    fn with_names_from_before(&mut self, snapshot: &Snapshot) -> Snapshot {
+        let (mut names, mut before) = (snapshot.names.clone(), std::mem::take(&mut self.before));
+        if !before.is_empty() {
+            for instance in snapshot.instances.iter() {
+                if let Some(name) = instance.name()
+                    && !snapshot.names.contains_key(name)
+                    && let Some((key, ips)) = before.remove_entry(&key(instance))
+                {
+                    let names = Arc::make_mut(&mut names);
+                    names.entry(name.to_owned()).or_insert_with(|| ips.clone());
+                    self.before.insert(key, ips);
+                }
+            }
+        }
+        Snapshot { names, ..snapshot.clone() }
+    }
+
     /// What the instances mean for this line; when to ask again, and what to tell of it.
     fn judge(&mut self, snapshot: &Snapshot) -> (Option<Instant>, Vec<Note>) {
+        let snapshot = &self.with_names_from_before(snapshot);
         let verdict = policy::select(&self.line.selection, snapshot);
         if let (Some(is), Some(was)) = (&snapshot.datacenter, &self.datacenter)
             && is != was
@@ -188,6 +225,10 @@ impl Known {
         }
         (serving.until, notes)
     }
+}
+
+fn key(instance: &Instance) -> Key {
+    (instance.node.clone(), instance.id.clone())
 }
 
 /// All lines that share a watch, and what their upstreams' logs were told.
@@ -272,6 +313,19 @@ impl Sink for Lines {
             self.note(NGX_LOG_ERR, &error.to_string());
         }
     }
+
+    fn before(&self) -> Vec<Key> {
+        let serving =
+            |(upstream, line): &(usize, usize)| Some(self.upstreams.get(*upstream)?.serving(*line));
+        let all: BTreeSet<Key> = self.lines.iter().filter_map(serving).flatten().collect();
+        all.into_iter().collect()
+    }
+}
+
+/// Whether Consul knows a node by this name. In shared memory names are escaped, and cut where they
+/// are longer than 64 bytes, by an escape of ten bytes at the most.
+fn is_whole(node: &str) -> bool {
+    node.len() <= 54 && !node.contains('\\')
 }
 
 /// Some of the instances in a set, by service ID.

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nginx_peers::Spec;
 use parking_lot::Mutex;
@@ -45,6 +45,8 @@ pub struct Handoff {
     given: AtomicU64,
     /// Of those, taken and applied, or kept for another attempt.
     taken: watch::Sender<u64>,
+    /// The process only finishes what it has.
+    exiting: AtomicBool,
 }
 
 /// An upstream's place: the latest wins.
@@ -75,7 +77,19 @@ impl Handoff {
             wake,
             given: AtomicU64::new(0),
             taken: watch::Sender::new(0),
+            exiting: AtomicBool::new(false),
         })
+    }
+
+    /// From now on the process only finishes what it has: others may follow Consul by another
+    /// configuration.
+    pub fn begin_exit(&self) {
+        self.exiting.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it does.
+    pub fn is_exiting(&self) -> bool {
+        self.exiting.load(Ordering::Relaxed)
     }
 
     /// The descriptor that is readable when there is something to take.

@@ -352,24 +352,35 @@ impl Inner {
         }
     }
 
-    /// Asks for a trifle that every agent knows.
+    /// Asks for a trifle that every agent knows, and then for one that takes a leader: for some
+    /// seconds an agent names one that is gone.
     async fn probe(&self, at: usize) -> Probe {
+        match self.trifle(at, "/v1/status/leader", None).await {
+            Ok(leader) if leader.trim_ascii() == b"\"\"" => return Probe::Leaderless,
+            Err(Error::Status { status, .. }) if status.is_server_error() => {
+                return Probe::Leaderless;
+            }
+            // Whatever it is, it answers.
+            Ok(_) | Err(Error::Status { .. } | Error::Denied) => (),
+            Err(error) => return Probe::Down(error.to_string()),
+        }
+        match self.trifle(at, "/v1/catalog/service/-", Some("consistent")).await {
+            Err(Error::Status { status, .. }) if status.is_server_error() => Probe::Leaderless,
+            Ok(_) | Err(Error::Status { .. } | Error::Denied) => Probe::Well,
+            // It holds the question back until there is a leader.
+            Err(_) => Probe::Leaderless,
+        }
+    }
+
+    /// What needs no rights, and is answered in no time.
+    async fn trifle(&self, at: usize, path: &str, query: Option<&str>) -> Result<Vec<u8>, Error> {
         let ready = self.credentials.ready();
         let (http, base) = &ready.http[at];
         let mut url = base.clone();
-        url.set_path("/v1/status/leader");
+        url.set_path(path);
+        url.set_query(query);
         let timeout = PROBE.min(self.agents.timeout);
-        match succeeded(http.get(url).timeout(timeout)).await {
-            Ok(mut response) => match body(&mut response, SMALL).await {
-                Ok(leader) if leader.trim_ascii() == b"\"\"" => Probe::Leaderless,
-                Ok(_) => Probe::Well,
-                Err(error) => Probe::Down(error.to_string()),
-            },
-            Err(Error::Status { status, .. }) if status.is_server_error() => Probe::Leaderless,
-            // Whatever it is, it answers.
-            Err(Error::Status { .. } | Error::Denied) => Probe::Well,
-            Err(error) => Probe::Down(error.to_string()),
-        }
+        body(&mut succeeded(http.get(url).timeout(timeout)).await?, SMALL).await
     }
 }
 

@@ -360,6 +360,21 @@ mod tests {
         assert_eq!(with(51), (true, vec![None, Some(KeptBy::Panic)]));
     }
 
+    #[test]
+    fn the_share_of_a_panic_is_one_of_those_that_could_serve() {
+        let all: Vec<_> = (1..=4u8)
+            .map(|n| Instance {
+                id: n.to_string(),
+                address: at(&format!("10.0.0.{n}"), 80),
+                ..instance(if n < 4 { Status::Passing } else { Status::Critical })
+            })
+            .collect();
+        for (panic, expected) in [(50, false), (75, false), (76, true), (100, true)] {
+            let selection = Selection { panic, ..Default::default() };
+            assert_eq!(select(&selection, &snapshot(&all)).panic, expected, "{panic} %");
+        }
+    }
+
     fn any_instance() -> impl Strategy<Value = Instance> {
         let status = prop_oneof![
             Just(Status::Passing),

@@ -119,6 +119,12 @@ pub trait Sink {
 
     /// There was no good answer. The last set stands.
     fn failed(&mut self, error: &Error);
+
+    /// The instances that serve since before the first answer, by node and service ID and in that
+    /// order: what takes nothing away later takes nothing away from them.
+    fn before(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
 }
 
 /// Follows a service for ever.
@@ -127,7 +133,8 @@ pub async fn follow(
     names: &mut Names<impl Lookup>,
     sink: &mut impl Sink,
 ) -> Infallible {
-    let mut watch = Watch { network: transport.network(), ..Watch::default() };
+    let (network, before) = (transport.network(), sink.before());
+    let mut watch = Watch { network, before, ..Watch::default() };
     let mut backoff = Backoff::default();
     let mut pace = Pace::default();
     loop {
@@ -181,6 +188,8 @@ async fn cut<T>(until: Option<Instant>, this: impl Future<Output = T>) -> Option
 #[derive(Debug, Default)]
 struct Watch {
     network: Network,
+    /// What the sink had before the first answer.
+    before: Vec<(String, String)>,
     /// The index to wait on; none after an error.
     index: Option<u64>,
     /// The highest index taken over.
@@ -309,13 +318,14 @@ impl Watch {
         })
     }
 
-    /// An answer most of which is nonsense takes nothing away. At a start what is good of it serves.
+    /// An answer most of which is nonsense takes nothing away. Where nothing was there what is good
+    /// of it serves.
     fn check_use(&self, instances: &[Instance]) -> Result<(), Error> {
-        let Some(last) = &self.last else { return Ok(()) };
         let usable = |all: &[Instance]| all.iter().filter(|one| one.address.is_ok()).count();
+        let before = self.last.as_ref().map_or(self.before.len(), |last| usable(&last.instances));
         let (all, usable_now) = (instances.len(), usable(instances));
         let unusable = all - usable_now;
-        if unusable * 2 > all && usable_now < usable(&last.instances) {
+        if unusable * 2 > all && usable_now < before {
             return Err(Error::Unusable { unusable, all });
         }
         Ok(())
@@ -324,21 +334,29 @@ impl Watch {
     /// Whether an answer takes instances away, and on which nodes: `None` where it does not. An
     /// empty one while nothing is known counts, too.
     fn taken_away<'a>(&'a self, instances: &[Instance]) -> Option<Vec<&'a str>> {
-        let Some(last) = &self.last else {
-            return instances.is_empty().then(Vec::new);
-        };
-        let mut left = instances.iter().map(|one| (&*one.node, &*one.id)).peekable();
+        let mut left = instances.iter().map(name).peekable();
         // Both are in the same order.
         let mut nodes: Vec<&str> = Vec::new();
-        for one in last.instances.iter() {
-            let this = (&*one.node, &*one.id);
+        for this in self.known() {
             while left.next_if(|other| *other < this).is_some() {}
             if left.peek() != Some(&this) {
-                nodes.push(&one.node);
+                nodes.push(this.0);
             }
         }
         nodes.dedup();
-        (!nodes.is_empty()).then_some(nodes)
+        let is_news = self.last.is_none() && instances.is_empty();
+        (is_news || !nodes.is_empty()).then_some(nodes)
+    }
+
+    /// The instances that were there, by node and service ID and in that order.
+    fn known(&self) -> impl Iterator<Item = (&str, &str)> {
+        let (last, before): (&[Instance], &[_]) = match &self.last {
+            Some(last) => (&last.instances, &[]),
+            None => (&[], &self.before),
+        };
+        last.iter()
+            .map(name)
+            .chain(before.iter().map(|(node, id): &(String, String)| (&**node, &**id)))
     }
 
     /// Whether the sink is to be called again.
@@ -351,6 +369,11 @@ impl Watch {
         // Not the maximum: a consistent read with a low index is a restore or a wipe.
         self.high = index;
     }
+}
+
+/// An instance's node and service ID.
+fn name(instance: &Instance) -> (&str, &str) {
+    (&instance.node, &instance.id)
 }
 
 /// A body's length and hash.

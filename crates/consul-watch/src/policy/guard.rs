@@ -207,6 +207,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_let_go_is_said_once() {
+        let selection =
+            Selection { guard: Settings { guard: 50, hold: HOLD }, ..Selection::default() };
+        let (mut guard, begin) = (selection.guard(), Instant::now());
+        let mut honoured = |seconds, serve: &[u8]| {
+            guard.judge(&verdict(serve, &[]), begin + Duration::from_secs(seconds)).honoured
+        };
+        assert!(!honoured(0, &[1, 2, 3, 4]));
+        assert!(!honoured(1, &[1]), "held");
+        assert!(!honoured(2, &[1, 2, 3]), "the good answer");
+        assert!(!honoured(3, &[1]), "held again");
+        assert!(!honoured(32, &[]), "held still");
+        assert!(honoured(33, &[1]), "let go");
+        assert!(!honoured(34, &[1]), "there is nothing to let go any more");
+        // However late: without a hold there is nothing either.
+        assert!(!honoured(100, &[]));
+    }
+
+    #[test]
     fn the_good_answer_ends_it() {
         let mut line = Line::new(100, HOLD);
         line.at(0, &[1, 2], &[]);

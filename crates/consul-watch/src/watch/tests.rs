@@ -214,6 +214,9 @@ async fn an_answer_that_is_mostly_nonsense_takes_nothing_away() {
         assert_eq!(told.contains(&Failed(Cause::Invalid)), refused, "{second:?}");
         assert_eq!(changes(told), if refused { 1 } else { 2 }, "{second:?}");
     }
+    // Nonsense that comes in addition takes nothing away either.
+    let (_, told) = run([addressed(7, &["10.0.0.1"]), addressed(8, &["10.0.0.1", "", ""])]).await;
+    assert_eq!(changes(told), 2);
     // At a start there is nothing to lose, and after a bad start any good one is a gain.
     let (_, told) = run([addressed(7, &["10.0.0.1", "", ""]), good()]).await;
     assert_eq!(changes(told), 2);
@@ -423,4 +426,37 @@ async fn what_is_not_vouched_for_takes_nothing_away() {
         [denied(""), "3 at 6".into(), denied("n2,n3"), "5 at 8".into(), denied("n0,n1,n2,n3,n4")]
     );
     assert!(asks(&script.0.asked)[1..].contains(&Consistent), "asked again by the leader");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_network_is_the_transports() {
+    struct Wide(Script);
+    impl Transport for Wide {
+        async fn ask(&mut self, ask: Ask) -> Result<Answer, Error> {
+            self.0.ask(ask).await
+        }
+        fn network(&self) -> Network {
+            Network::Wan
+        }
+    }
+    #[derive(Default)]
+    struct Ports(Vec<u16>);
+    impl Sink for Ports {
+        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+            self.0.extend(snapshot.instances.iter().map(|it| it.address.as_ref().unwrap().port));
+            None
+        }
+        fn answered(&mut self) {}
+        fn failed(&mut self, error: &Error) {
+            panic!("{error}")
+        }
+    }
+    let entry = json!([{"Node": {"Node": "n"}, "Service": {"ID": "a", "Address": "10.0.0.1",
+        "Port": 80, "TaggedAddresses": {"wan": {"Address": "1.2.3.4", "Port": 8080}}}}]);
+    let answers = [Ok(Answer::new(7, entry.to_string()))].into();
+    let mut script = Wide(Script { answers, ..Default::default() });
+    let (mut names, mut ports) = (no_names(), Ports::default());
+    let following = follow(&mut script, &mut names, &mut ports);
+    let _ = tokio::time::timeout(Duration::from_secs(60), following).await;
+    assert_eq!(ports.0, [8080]);
 }
