@@ -266,11 +266,9 @@ impl Upstream {
     fn restore(&mut self, plan: &mut Plan, number: usize) {
         // A worker that takes the place of one that died finds them all.
         self.restored = !self.list.present().is_empty();
-        if self.restored {
-            return;
-        }
+        // In which datacenter they are stands in what is stored alone.
         let specs = stored::restore(plan, number);
-        if specs.is_empty() {
+        if self.restored || specs.is_empty() {
             return;
         }
         match self.list.apply(&specs) {

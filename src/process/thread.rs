@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use consul_watch::backoff::Backoff;
 use consul_watch::error::{Retry, printable};
+use consul_watch::query::Parameter;
 use consul_watch::resolver::Resolver;
 use consul_watch::watch::follow;
 use consul_watch::{Names, Pool};
@@ -125,6 +126,8 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 
 /// Runs all watches. One that panics is started again; the others do not notice.
 async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
+    let datacenters: Vec<Option<String>> =
+        plan.watches.iter().map(|watch| datacenter(&plan, watch)).collect();
     let upstreams: Rc<[Assembly]> = plan
         .upstreams
         .into_iter()
@@ -142,6 +145,12 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
         warn.note(NGX_LOG_WARN, format!("consul: {text}"));
     });
     let pool = Rc::new(pool);
+    // Before anybody is asked: clients are shared. A client that cannot be made is an error later.
+    for (watch, datacenter) in plan.watches.iter().zip(datacenters) {
+        if let (Some(datacenter), Ok(client)) = (datacenter, pool.client(&watch.agents)) {
+            client.remember(&datacenter);
+        }
+    }
     let lookup = Resolver::system();
     for watch in plan.watches {
         let watcher = Watcher {
@@ -154,6 +163,18 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
         spawn_local(watcher.run());
     }
     std::future::pending().await
+}
+
+/// In which datacenter a watch's agents were, as what is stored says. The instances of a query that
+/// names a datacenter do not tell.
+fn datacenter(plan: &Plan, watch: &WatchPlan) -> Option<String> {
+    if watch.query.get(Parameter::Datacenter).is_some() {
+        return None;
+    }
+    let mut lines = watch.lines.iter();
+    lines.find_map(|(upstream, line)| {
+        plan.upstreams.get(*upstream)?.lines.get(*line)?.datacenter.clone()
+    })
 }
 
 /// One watch, for as long as the thread runs.

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use testbed::http::Conn;
-use testbed::{Backend, Cluster, Consul, Dir, Load, Net, Nginx, consul, eventually};
+use testbed::{Backend, Cluster, Consul, Dir, Load, Net, Nginx, Signal, consul, eventually};
 
 use crate::common::{
     Instance, PATIENCE, Serve, Stage, asking, changes, connections, follower, serves, serves_now,
@@ -289,13 +289,14 @@ fn an_agent_of_another_datacenter_is_never_used() {
     assert!(!changes(&nginx, "web").iter().any(|change| change.contains("(there)")));
 }
 
-/// What is stored says in which datacenter the first one is, though it is away now.
+/// What is stored says in which datacenter the first one is, though nobody of the new processes has
+/// reached it.
 #[test]
-fn a_reload_while_the_first_agent_is_away_does_not_turn_to_another_datacenter() {
+fn new_workers_while_the_first_agent_is_away_do_not_turn_to_another_datacenter() {
     let (net, dir) = (Net::isolated(), Dir::new("reload_datacenter"));
     let mut near = Consul::builder(&net, &dir).persistent().start();
     let far = Consul::builder(&net, &dir).host(&net, 11).datacenter("dc2").start();
-    let [one] = web(&net);
+    let [one, two] = web(&net);
     let there = Instance::start(&net, "web", "there");
     near.register(&one.service);
     far.register(&there.service);
@@ -308,10 +309,23 @@ fn a_reload_while_the_first_agent_is_away_does_not_turn_to_another_datacenter() 
     nginx.wait_log("is in datacenter", 1, PATIENCE);
     let load = Load::start(nginx.addr(), &steady());
     nginx.reload();
-    load.wait_for(1000);
+    nginx.wait_log("is in datacenter", 2, PATIENCE);
+    load.wait_for(300);
     let report = load.stop();
     report.assert_nothing_lost();
     assert!(!report.backends.contains_key("there"), "{report}");
+
+    // One that takes the place of a worker that died has its servers from there.
+    nginx.allow_log("exited on signal 9");
+    nginx.signal_child(follower(&nginx), Signal::KILL);
+    nginx.wait_log("is in datacenter", 3, PATIENCE);
+    let report = Load::run(nginx.addr(), 300, &steady());
+    assert!(!report.backends.contains_key("there"), "{report}");
+    assert!(!changes(&nginx, "web").iter().any(|change| change.contains("(there)")));
+
+    near.restart();
+    near.register(&two.service);
+    serves(nginx.addr(), &["web-1", "web-2"]);
 }
 
 /// The datacenter is in the query: whoever is asked, the answer is the same.

@@ -4,7 +4,7 @@
 //! as a watch asks it: it begins with the first agent, goes on to the next one where a connection
 //! fails, and stays with what works.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use reqwest::header::HeaderValue;
@@ -55,11 +55,18 @@ struct Inner {
     /// One for each address, in order.
     limits: Vec<Arc<Limit>>,
     reach: Vec<Reach>,
-    /// The datacenter of the first agent that was reached.
-    home: OnceLock<String>,
+    /// The datacenter in which the agents have to be.
+    home: Mutex<Option<Home>>,
     /// Counts what makes it worth while to ask again before time.
     news: watch::Sender<u64>,
     warn: Warn,
+}
+
+/// The datacenter of the first agent; until that was reached it is what was known before, or else
+/// that of whoever was reached.
+struct Home {
+    datacenter: String,
+    first: bool,
 }
 
 impl Client {
@@ -69,7 +76,7 @@ impl Client {
             reach: agents.addresses.iter().map(|_| Reach::default()).collect(),
             agents,
             limits,
-            home: OnceLock::new(),
+            home: Mutex::default(),
             news: watch::Sender::new(0),
             warn,
         });
@@ -77,6 +84,12 @@ impl Client {
             tokio::spawn(look_at_files(Arc::downgrade(&inner)));
         }
         Ok(Self(inner))
+    }
+
+    /// Says in which datacenter the agents were, as long as none was reached.
+    pub fn remember(&self, datacenter: &str) {
+        let mut home = self.0.home.lock().unwrap_or_else(PoisonError::into_inner);
+        home.get_or_insert_with(|| Home { datacenter: datacenter.to_owned(), first: false });
     }
 
     /// The question for a service's health, for a watch to ask.
@@ -236,11 +249,11 @@ impl Inner {
         }
         match about.datacenter {
             Some(is) => {
-                let home = self.home.get_or_init(|| is.clone());
+                let home = self.home(at, &is);
                 // With a datacenter in the query it does not matter where the agent is, but for
                 // the index; that is the other datacenter's, whoever is asked.
-                if *home != is && query.get(Parameter::Datacenter).is_none() {
-                    let [is, home] = [&is, home].map(|dc| printable(dc.as_bytes(), 100));
+                if home != is && query.get(Parameter::Datacenter).is_none() {
+                    let [is, home] = [&is, &home].map(|dc| printable(dc.as_bytes(), 100));
                     return Err(Error::Datacenter { is, home });
                 }
             }
@@ -252,6 +265,18 @@ impl Inner {
             None => (),
         }
         Ok(())
+    }
+
+    /// In which datacenter an agent has to be that says where it is.
+    fn home(&self, at: usize, is: &str) -> String {
+        let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*home {
+            Some(Home { datacenter, first }) if at > 0 || *first => datacenter.clone(),
+            _ => {
+                *home = Some(Home { datacenter: is.to_owned(), first: at == 0 });
+                is.to_owned()
+            }
+        }
     }
 
     async fn about(&self, at: usize) -> Result<About, Error> {

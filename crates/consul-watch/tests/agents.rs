@@ -103,6 +103,41 @@ async fn an_agent_of_another_datacenter_is_not_used() {
 }
 
 #[tokio::test]
+async fn what_was_known_of_the_first_agent_holds_until_it_is_back() {
+    let (away, other) = (nobody().await, agent("dc2", 5).await);
+    let (pool, _) = pool(10);
+    let client = pool.client(&agents([away.clone(), other.address()])).unwrap();
+    client.remember("dc1");
+    let mut service = client.service(web());
+    let mut errors = Vec::new();
+    let wrong = |error: &Error| matches!(error, Error::Datacenter { is, home } if is == "dc2" && home == "dc1");
+    while !errors.iter().any(wrong) {
+        errors.push(inner(service.ask(Ask::Consistent).await.unwrap_err()));
+    }
+    assert!(other.requests(HEALTH).is_empty(), "it was never asked");
+
+    // It says itself where it is, whatever was known.
+    let _back = Fake::start_at(addr(&away), |request| {
+        if request.is_for(SELF) { about("dc3", "1.8.7") } else { Reply::health(7, "[]") }
+    })
+    .await;
+    eventually(async || service.ask(Ask::Consistent).await.is_ok_and(|it| it.index == 7)).await;
+    client.remember("dc2");
+    eventually(async || service.ask(Ask::Consistent).await.is_ok_and(|it| it.index == 7)).await;
+
+    // Where nothing is known, whoever is reached counts until the first one is back.
+    let (away, other) = (nobody().await, agent("dc2", 5).await);
+    let mut service = pool.client(&agents([away.clone(), other.address()])).unwrap().service(web());
+    eventually(async || service.ask(Ask::Consistent).await.is_ok_and(|it| it.index == 5)).await;
+    let _back = Fake::start_at(addr(&away), |request| {
+        if request.is_for(SELF) { about("dc1", "1.8.7") } else { Reply::health(8, "[]") }
+    })
+    .await;
+    drop(other);
+    eventually(async || service.ask(Ask::Consistent).await.is_ok_and(|it| it.index == 8)).await;
+}
+
+#[tokio::test]
 async fn an_agent_that_may_not_say_where_it_is_is_used_with_a_warning() {
     let silent = Fake::start(|request| {
         if request.is_for(SELF) { Reply::new(403, "", "") } else { Reply::health(7, "[]") }
