@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use reqwest::header::HeaderValue;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::yield_now;
 use tokio::time::sleep;
@@ -300,34 +301,7 @@ impl Inner {
         if self.reach(at).acls_are_off() && !hidden {
             return Ok(());
         }
-        // On the connection of the answer, whose turn goes on until this is settled.
-        let (questions, number) = rights::questions(query.service(), nodes.iter().copied());
-        let pairs: Vec<_> = parameters(query)
-            .into_iter()
-            .filter(|(name, _)| *name == Parameter::Datacenter.name())
-            .collect();
-        let segments = ["v1", "internal", "acl", "authorize"];
-        let request = self.request(at, Method::POST, segments, &pairs);
-        let request = request.body(questions.to_string()).timeout(self.agents.timeout);
-        let missing = match succeeded(request).await {
-            Ok(mut response) => rights::missing(&body(&mut response, SMALL).await?, number)?,
-            Err(Error::Status { status: StatusCode::UNAUTHORIZED, text })
-                if text.contains("ACL support disabled") =>
-            {
-                self.reach(at).learn_acls_off();
-                None
-            }
-            // The agent cannot tell now. If the token were unknown, the answer had been refused.
-            Err(Error::Denied) => {
-                return Err(Error::Rights(
-                    "the agent does not say what the token may read, the answer may lack something"
-                        .into(),
-                ));
-            }
-            // A Consul that is too old to be asked.
-            Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => None,
-            Err(error) => return Err(error),
-        };
+        let missing = self.missing_right(at, query, nodes).await?;
         match missing {
             Some(right) => Err(Error::Rights(format!(
                 "the answer may lack what the token may not read, it needs {right}"
@@ -340,6 +314,52 @@ impl Inner {
             )),
             None => Ok(()),
         }
+    }
+
+    /// The first right that the token lacks, of those that reading the service on these nodes takes.
+    /// It asks on the connection of the answer, whose turn goes on until this is settled.
+    async fn missing_right(
+        &self,
+        at: usize,
+        query: &Query,
+        nodes: &[&str],
+    ) -> Result<Option<String>, Error> {
+        let pairs: Vec<_> = parameters(query)
+            .into_iter()
+            .filter(|(name, _)| *name == Parameter::Datacenter.name())
+            .collect();
+        for questions in rights::questions(query.service(), nodes.iter().copied()) {
+            let number = questions.len();
+            let segments = ["v1", "internal", "acl", "authorize"];
+            let request = self.request(at, Method::POST, segments, &pairs);
+            let request = request.body(Value::Array(questions).to_string());
+            match succeeded(request.timeout(self.agents.timeout)).await {
+                Ok(mut response) => {
+                    let missing = rights::missing(&body(&mut response, SMALL).await?, number)?;
+                    if missing.is_some() {
+                        return Ok(missing);
+                    }
+                }
+                Err(Error::Status { status: StatusCode::UNAUTHORIZED, text })
+                    if text.contains("ACL support disabled") =>
+                {
+                    self.reach(at).learn_acls_off();
+                    return Ok(None);
+                }
+                // The agent cannot tell now. If the token were unknown, the answer had been refused.
+                Err(Error::Denied) => {
+                    return Err(Error::Rights(
+                        "the agent does not say what the token may read, the answer may lack \
+                         something"
+                            .into(),
+                    ));
+                }
+                // A Consul that is too old to be asked.
+                Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     fn request<'a>(

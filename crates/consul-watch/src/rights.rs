@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, printable};
 
-/// As many as Consul answers at once, the service itself included.
+/// As many as Consul answers at once.
 const AT_ONCE: usize = 64;
 
-/// The questions to ask: whether the service may be read, and these nodes.
+/// What to ask, in as many requests as it takes: whether the service may be read, and each of these
+/// nodes.
 pub(crate) fn questions<'a>(
     service: &str,
     nodes: impl IntoIterator<Item = &'a str>,
-) -> (Value, usize) {
+) -> Vec<Vec<Value>> {
     let ask = |resource: &str, name: &str| json!({"Resource": resource, "Access": "read", "Segment": name});
     let mut nodes: BTreeSet<&str> = nodes.into_iter().collect();
     if nodes.is_empty() {
@@ -27,10 +28,9 @@ pub(crate) fn questions<'a>(
         nodes.insert("any");
     }
     let all: Vec<Value> = std::iter::once(ask("service", service))
-        .chain(nodes.into_iter().take(AT_ONCE - 1).map(|node| ask("node", node)))
+        .chain(nodes.into_iter().map(|node| ask("node", node)))
         .collect();
-    let number = all.len();
-    (Value::Array(all), number)
+    all.chunks(AT_ONCE).map(<[Value]>::to_vec).collect()
 }
 
 #[derive(Deserialize)]
@@ -73,19 +73,19 @@ mod tests {
     }
 
     #[test]
-    fn never_more_than_consul_takes() {
+    fn all_are_asked_for_and_never_more_at_once_than_consul_takes() {
         let nodes: Vec<String> = (0..200).map(|n| format!("n{n}")).collect();
-        let (all, number) = questions("web", nodes.iter().map(String::as_str));
-        assert_eq!((all.as_array().unwrap().len(), number), (64, 64));
-        let (all, _) = questions("web", ["n1", "n1"]);
+        let requests = questions("web", nodes.iter().map(String::as_str));
+        let sizes: Vec<usize> = requests.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [64, 64, 64, 9]);
         assert_eq!(
-            all,
-            json!([
-                {"Resource": "service", "Access": "read", "Segment": "web"},
-                {"Resource": "node", "Access": "read", "Segment": "n1"},
-            ])
+            questions("web", ["n1", "n1"]),
+            [[
+                json!({"Resource": "service", "Access": "read", "Segment": "web"}),
+                json!({"Resource": "node", "Access": "read", "Segment": "n1"}),
+            ]]
         );
-        assert_eq!(questions("web", []).1, 2);
+        assert_eq!(questions("web", [])[0].len(), 2);
     }
 
     #[test]

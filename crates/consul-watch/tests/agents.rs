@@ -236,6 +236,22 @@ async fn an_answer_that_acls_hide_a_part_of_is_not_vouched_for() {
 }
 
 #[tokio::test]
+async fn of_many_nodes_every_one_is_asked_for() {
+    let nodes: Vec<String> = (0..200).map(|n| format!("n{n:03}")).collect();
+    let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
+    for (denied, requests) in [("\"n199\"", 4), ("\"n000\"", 1), ("", 4)] {
+        let fake = with_acls("", denied).await;
+        let (pool, _) = pool(1);
+        let mut service = pool.client(&agents([fake.address()])).unwrap().service(web());
+        let answer = service.ask(Ask::Consistent).await.unwrap();
+        let result = service.vouch(&answer, &nodes).await;
+        assert_eq!(result.is_ok(), denied.is_empty(), "{result:?}");
+        assert_eq!(fake.requests(AUTHORIZE).len(), requests);
+        assert_eq!(fake.connections().0, 1, "on the connection of the answer");
+    }
+}
+
+#[tokio::test]
 async fn rights_are_asked_for_where_there_are_any() {
     let off = Fake::start(|request| {
         if request.is_for(AUTHORIZE) {
