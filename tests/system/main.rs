@@ -8,10 +8,15 @@ mod common;
 mod fake_consul;
 mod guard;
 
+mod agents;
 mod balancers;
 mod changes;
 mod config;
 mod consul;
 mod health;
 mod lifecycle;
+mod names;
+mod secure;
+mod state;
+mod truth;
 mod zone;

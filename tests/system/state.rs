@@ -1056,7 +1056,8 @@ fn a_worker_that_takes_over_begins_with_what_serves() {
         nginx.worker_pids().len() == 2 && followers(&nginx).iter().any(|pid| *pid != killed)
     });
     every_worker_serves(&nginx, &["web-1", "web-2"]);
-    assert_eq!((stored_servers(&nginx), nginx.log_count("[warn]")), (0, 0));
+    assert_eq!((stored_servers(&nginx), nginx.log_count("[warn]")), (0, 1));
+    assert_eq!(nginx.log_count("it has a wrong checksum"), 1);
     fake.know(6, &both[..1]);
     every_worker_serves(&nginx, &["web-1"]);
     wait_stored(&path, "web", &["web-1"]);
