@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use testbed::{Check, Load, Nginx, Service, Status, nginx};
 
 use crate::common::{
@@ -44,6 +45,50 @@ fn a_mass_deregistration_is_held_and_then_honoured() {
     assert!(begin.elapsed() >= hold, "held for {:?}", begin.elapsed());
     every_worker_serves(&nginx, &["web-5"]);
     load.stop().assert_nothing_lost();
+}
+
+/// The bar, with the settings that nobody has set: all of a service gone in one answer, as when its
+/// only node is taken for dead.
+#[test]
+fn twenty_that_are_gone_at_once_are_held_for_half_a_minute() {
+    const HOLD: Duration = Duration::from_secs(30);
+    let stage = Stage::set("twenty_gone");
+    let instances: [Instance; 20] = stage.web();
+    for Instance { service, .. } in &instances {
+        let (node, address) = ("elsewhere", &service.address);
+        let body = json!({"Node": node, "Address": address, "SkipNodeUpdate": true, "Service":
+            {"ID": service.id, "Service": "web", "Address": address, "Port": service.port}});
+        stage.consul.put("/v1/catalog/register", &body.to_string());
+    }
+    let names: Vec<&str> = instances.iter().map(|it| it.service.id.as_str()).collect();
+    let nginx = stage
+        .nginx()
+        .workers(2)
+        .upstream("web", "consul_upstream web;")
+        .upstream("careful", "consul_upstream web guard=50%;")
+        .start();
+    let [web, careful] = *nginx.addrs() else { panic!("two servers") };
+    serves_now(web, &names);
+    serves_now(careful, &names);
+    let loads = [web, careful].map(|addr| Load::start(addr, &steady()));
+
+    let begin = Instant::now();
+    stage.consul.put("/v1/catalog/deregister", &json!({"Node": "elsewhere"}).to_string());
+    nginx.wait_log("Consul takes 20 of 20 instances out", 2, PATIENCE);
+    serves_now(web, &names);
+    // An addition is live at once. It ends the loss of all; of half it is none yet.
+    let new = Instance::start(&stage.net, "web", "new");
+    stage.register([&new]);
+    let all: Vec<&str> = names.iter().copied().chain(["new"]).collect();
+    serves(careful, &all);
+    serves(web, &["new"]);
+    assert!(begin.elapsed() < HOLD, "the machine is too slow for this test");
+
+    let honoured = 2 * HOLD;
+    nginx.wait_log("Consul still says so after 30s", 1, honoured);
+    assert!(begin.elapsed() >= HOLD, "held for {:?}", begin.elapsed());
+    serves(careful, &["new"]);
+    loads.map(|load| load.stop().assert_nothing_lost());
 }
 
 #[test]

@@ -307,6 +307,71 @@ async fn asks_the_leader_when_the_sink_wants_to_know() {
     assert_eq!(listener.told, [Answered, changed(7, &["a"]), Answered, changed(7, &["a"])]);
 }
 
+/// An agent that answers at first, and is away from then on until it is back.
+struct Away {
+    back: Instant,
+    asked: Vec<Instant>,
+}
+
+impl Transport for Away {
+    async fn ask(&mut self, ask: Ask) -> Result<Answer, Error> {
+        let now = Instant::now();
+        self.asked.push(now);
+        match ask {
+            Ask::Blocking { .. } if now >= self.back => std::future::pending().await,
+            _ if self.asked.len() > 1 && now < self.back => Err(Error::Transport("refused".into())),
+            _ => answer(7, &["a", "b"]),
+        }
+    }
+    async fn stirred(&mut self) {
+        // The prober sees it at the next half second.
+        sleep_until(self.back + Duration::from_millis(500)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_minutes_without_consul_change_nothing() {
+    /// What was told, and what was worth a line, with the times.
+    #[derive(Default)]
+    struct Seen {
+        report: crate::report::Report,
+        changes: usize,
+        errors: Vec<Instant>,
+        recovered: Option<(Instant, Duration)>,
+    }
+    impl Sink for Seen {
+        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+            assert_eq!(snapshot.instances.len(), 2);
+            self.changes += 1;
+            None
+        }
+        fn answered(&mut self) {
+            if let Some(time) = self.report.answered() {
+                assert!(self.recovered.replace((Instant::now(), time)).is_none());
+            }
+        }
+        fn failed(&mut self, error: &Error) {
+            if self.report.failed(error) {
+                self.errors.push(Instant::now());
+            }
+        }
+    }
+    let outage = Duration::from_secs(600);
+    let back = Instant::now() + outage;
+    let (mut away, mut names, mut seen) =
+        (Away { back, asked: Vec::new() }, no_names(), Seen::default());
+    let following = follow(&mut away, &mut names, &mut seen);
+    let _ = tokio::time::timeout(2 * outage, following).await;
+
+    assert_eq!(seen.changes, 1, "the set of before stands, and is the one of after");
+    let (recovered, time) = seen.recovered.expect("a recovery");
+    assert!(recovered - back <= Duration::from_secs(1), "{:?}", recovered - back);
+    assert!(time >= outage - Duration::from_secs(1), "{time:?}");
+    assert!(seen.errors.len() <= 10, "a line a minute: {}", seen.errors.len());
+    // With full jitter below a cap of ten seconds it is five seconds from one question to the next.
+    assert!((60..400).contains(&away.asked.len()), "{}", away.asked.len());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_recheck_survives_errors() {
     let recheck = Some((Duration::from_millis(1), 1));
