@@ -493,6 +493,38 @@ async fn what_is_not_vouched_for_takes_nothing_away() {
     assert!(asks(&script.0.asked)[1..].contains(&Consistent), "asked again by the leader");
 }
 
+/// What served since before the first answer is taken away by it no more easily than later.
+#[tokio::test(start_paused = true)]
+async fn the_first_answer_is_measured_by_what_served_before() {
+    #[derive(Default)]
+    struct Seen(Vec<String>);
+    impl Sink for Seen {
+        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+            self.0.push(format!("{} at {}", snapshot.instances.len(), snapshot.index));
+            None
+        }
+        fn answered(&mut self) {}
+        fn failed(&mut self, error: &Error) {
+            self.0.push(error.to_string());
+        }
+        fn before(&self) -> Vec<(String, String)> {
+            [("m", "z"), ("n", "0")].map(|(node, id)| (node.into(), id.into())).into()
+        }
+    }
+    let answers = [
+        // Both are gone, then one, then none; then most of an answer is nonsense.
+        addressed(5, &[]),
+        answer(6, &["0"]),
+        addressed(7, &["", ""]),
+    ];
+    let (mut names, mut seen) = (no_names(), Seen::default());
+    let mut script = Unsure(Script { answers: answers.into(), ..Default::default() });
+    let following = follow(&mut script, &mut names, &mut seen);
+    let _ = tokio::time::timeout(Duration::from_secs(600), following).await;
+    let unusable = Error::Unusable { unusable: 2, all: 2 }.to_string();
+    assert_eq!(seen.0, ["permission denied: m,n", "permission denied: m", &unusable]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_network_is_the_transports() {
     struct Wide(Script);
