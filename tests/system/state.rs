@@ -821,13 +821,13 @@ fn a_worker_killed_while_it_writes_leaves_a_whole_file() {
     const ENOUGH: usize = 3;
     let (net, dir) = (Net::isolated(), Dir::new("state_killed"));
     let fake = FakeConsul::start(&net);
-    let bodies = [1, 2].map(|weight| json!(crowd(&net, MANY, weight)).to_string());
-    // Each worker that comes is told of another weight.
-    let count = AtomicU64::new(0);
+    let body = json!(crowd(&net, MANY, 1)).to_string();
+    // Each worker that comes is told of a weight that none was told of before.
+    let count = AtomicU64::new(1);
     fake.script(move |request| {
         request.index().is_none().then(|| {
             let n = count.fetch_add(1, Ordering::Relaxed);
-            let body = bodies[(n % 2) as usize].clone();
+            let body = body.replace("\"Passing\":1", &format!("\"Passing\":{n}"));
             Reply::new(200, body).header("X-Consul-Index", &(n + 5).to_string())
         })
     });

@@ -16,8 +16,9 @@ use tokio::runtime::Runtime;
 
 use crate::runtime;
 
-/// How long an answer may take, unless [`Conn::set_timeout`] says otherwise.
-const TIMEOUT: Duration = Duration::from_secs(15);
+/// How long an answer may take, unless [`Conn::set_timeout`] says otherwise. A Consul whose leader hangs
+/// holds a question back for 15.8 s.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How many connections [`worker_conns`] opens for each worker until it gives up. The kernel
 /// spreads them at random, so with four workers one is missed by 4 × 50 with odds of 10⁻²⁵.
