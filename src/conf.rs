@@ -23,6 +23,7 @@ use ngx::ngx_string;
 pub use self::finish::finish;
 pub use self::settings::Settings;
 pub use self::source::Source;
+use crate::carry::Heir;
 use crate::guard::guard;
 use crate::log;
 
@@ -49,14 +50,14 @@ pub struct MainConf {
     state_path: Option<Option<PathBuf>>,
     /// The upstreams with a `consul_upstream`, in the configuration's order.
     pub upstreams: Vec<Upstream>,
-    /// The zone of [`crate::process::Gate`]; null without such an upstream.
-    pub gate: GateZone,
+    /// The zone of what the workers share; null without such an upstream.
+    pub shared: SharedZone,
 }
 
 /// A pointer that is null by default.
-pub struct GateZone(pub *mut ngx_shm_zone_t);
+pub struct SharedZone(pub *mut ngx_shm_zone_t);
 
-impl Default for GateZone {
+impl Default for SharedZone {
     fn default() -> Self {
         Self(ptr::null_mut())
     }
@@ -112,6 +113,8 @@ pub struct ServerConf {
     placeholder: Option<*mut sockaddr>,
     /// What the balancer made of `peer.init`; [`crate::balance`] wraps it.
     pub init_peer: ngx_http_upstream_init_peer_pt,
+    /// What the upstream takes over at a reload; [`crate::carry`] does.
+    pub heir: Option<Heir>,
 }
 
 type Handler = unsafe fn(*mut ngx_conf_t, &[ngx_str_t], *mut c_void) -> Result<(), Fault>;

@@ -1,8 +1,8 @@
 //! An nginx dynamic module that keeps an upstream's peers in step with a Consul service.
 //!
 //! This crate is the http module, and thin: the tables that nginx reads, directives to settings
-//! ([`conf`]), the life of a worker ([`process`]), and the layer around the balancers
-//! ([`balance`]). Consul is the business of the crate consul-watch, the peer list in shared
+//! ([`conf`]), what a reload takes over ([`carry`]), the life of a worker ([`process`]), and the
+//! layer around the balancers ([`balance`]). Consul is the business of the crate consul-watch, the peer list in shared
 //! memory that of nginx-peers.
 
 use core::ptr;
@@ -13,6 +13,7 @@ use nginx_sys::{
 use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
 
 mod balance;
+mod carry;
 mod conf;
 mod guard;
 mod log;

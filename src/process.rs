@@ -3,7 +3,12 @@
 //!
 //! The first worker of a generation runs the consul thread ([`thread`]) and edits the lists of all
 //! upstreams ([`apply`]); the others read them. Between the two threads stands a [`handoff`]. The
-//! [`gate`] holds new workers back until the first answers are there.
+//! [`gate`] holds new workers back until the first answers are there. What the workers know of each
+//! other stands in [`shared`].
+//!
+//! At a reload the old generation's first worker goes on following Consul until all its others
+//! have ended: a request that was long in coming may have to choose a server still. It writes
+//! nothing to the stored state any more, which is the next generation's.
 //!
 //! Everything here but [`thread`] runs on nginx's main thread.
 
@@ -17,7 +22,9 @@ use nginx_sys::{
 use ngx::http::HttpModuleMainConf;
 
 use self::apply::Applier;
-pub use self::gate::add as add_gate;
+pub use self::plan::source_of;
+use self::shared::Shared;
+pub use self::shared::add as add_zone;
 use crate::conf::MainConf;
 use crate::guard::guard;
 use crate::{ConsulUpstream, log};
@@ -27,6 +34,7 @@ mod assembly;
 mod gate;
 mod handoff;
 mod plan;
+mod shared;
 mod stored;
 mod thread;
 
@@ -104,9 +112,16 @@ pub unsafe extern "C" fn init_process(cycle: *mut ngx_cycle_t) -> ngx_int_t {
 /// # Safety
 ///
 /// As nginx calls it.
-pub unsafe extern "C" fn exit_process(_cycle: *mut ngx_cycle_t) {
-    // SAFETY: nginx's main thread.
-    guard("the end of a worker", (), || unsafe { stop() });
+pub unsafe extern "C" fn exit_process(cycle: *mut ngx_cycle_t) {
+    guard("the end of a worker", (), || {
+        // SAFETY: nginx's main thread; the cycle and its zones are there to the end.
+        unsafe {
+            stop();
+            if let Some(main) = main_conf(cycle).filter(|main| !main.upstreams.is_empty()) {
+                Shared::of(main).leave();
+            }
+        }
+    });
 }
 
 /// # Safety
@@ -120,6 +135,7 @@ unsafe fn start(cycle: *mut ngx_cycle_t) {
         if main.upstreams.is_empty() {
             return;
         }
+        Shared::of(main).enter(ngx_worker);
         if ngx_worker != 0 {
             gate::wait(main);
             return;

@@ -18,6 +18,7 @@ use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
 
 use super::tls::Checked;
 use super::{ServerConf, Upstream, http};
+use crate::carry::Heir;
 use crate::guard::guard;
 use crate::{ConsulUpstream, balance, log, process};
 
@@ -60,11 +61,12 @@ unsafe fn all(cf: *mut ngx_conf_t) -> Result<(), String> {
                 continue;
             }
             let upstream = complete(cf, *nginx, &mut *conf, shared, &mut checked)?;
+            (*conf).heir = Some(Heir::new(&upstream));
             main.upstreams.push(upstream);
         }
         if !main.upstreams.is_empty() {
             http::complete(cf, main)?;
-            main.gate.0 = process::add_gate(cf).ok_or("cannot add a shared memory zone")?;
+            main.shared.0 = process::add_zone(cf).ok_or("cannot add a shared memory zone")?;
         }
     }
     Ok(())

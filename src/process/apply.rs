@@ -17,6 +17,7 @@ use nginx_sys::{
 
 use super::handoff::{Handoff, Note, Update};
 use super::plan::Plan;
+use super::shared::Shared;
 use super::stored;
 use super::thread::Thread;
 use crate::conf::{self, MainConf};
@@ -30,6 +31,9 @@ const NAMED: usize = 8;
 /// shrink.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How often the first worker of an old generation looks whether the others have ended.
+const LOOK: ngx_msec_t = 50;
+
 /// The same complaint about an upstream is not logged again within this time.
 const REPEAT: Duration = Duration::from_secs(60);
 
@@ -41,6 +45,9 @@ pub struct Applier {
     /// The eventfd, as nginx's event loop sees it; null until it is added.
     connection: *mut ngx_connection_t,
     retry: Box<ngx_event_t>,
+    /// Set while the process stays only for the others of its generation.
+    company: Box<ngx_event_t>,
+    shared: &'static Shared,
     /// Ended, and joined, when this is dropped.
     thread: Option<Thread>,
 }
@@ -66,13 +73,14 @@ impl Applier {
     ///
     /// On nginx's main thread, once the event loop can take connections; `main` and its upstreams
     /// outlive the value, and this process is the only one that edits their lists.
-    pub unsafe fn start(main: &MainConf) -> io::Result<Box<Self>> {
+    pub unsafe fn start(main: &'static MainConf) -> io::Result<Box<Self>> {
         // SAFETY: the zone module has put the lists into their zones before any worker starts,
         // and each begins with the static servers that `conf::finish` has counted. Zero is valid
         // for an event.
-        let (mut upstreams, retry) = unsafe {
+        let (mut upstreams, retry, company) = unsafe {
             let upstreams: Vec<_> = main.upstreams.iter().map(|conf| Upstream::new(conf)).collect();
-            (upstreams, Box::new(core::mem::zeroed::<ngx_event_t>()))
+            let event = || Box::new(core::mem::zeroed::<ngx_event_t>());
+            (upstreams, event(), event())
         };
         let mut plan = Plan::new(main);
         for (number, upstream) in upstreams.iter_mut().enumerate() {
@@ -85,6 +93,9 @@ impl Applier {
             handoff: handoff.clone(),
             connection: ptr::null_mut(),
             retry,
+            company,
+            // SAFETY: the configuration is in use and has upstreams.
+            shared: unsafe { Shared::of(main) },
             thread: None,
         });
         // SAFETY: the box gives the value an address for the time that nginx knows it.
@@ -130,8 +141,27 @@ impl Applier {
             self.retry.handler = Some(on_retry);
             // A graceful exit does not wait for it.
             self.retry.set_cancelable(1);
+
+            // But for this one, which is what it is there for.
+            self.company.data = this.cast();
+            self.company.log = log;
+            self.company.handler = Some(on_look);
         }
         Ok(())
+    }
+
+    /// From now on this process only finishes what it has, and what the others of its generation
+    /// have: they choose from the lists that it keeps.
+    fn begin_exit(&mut self) {
+        self.handoff.begin_exit();
+        self.stay_for_the_others();
+    }
+
+    fn stay_for_the_others(&mut self) {
+        if self.company.timer_set() == 0 && self.shared.is_in_company() {
+            // SAFETY: the event is in a box, and removed before that goes.
+            unsafe { nginx_sys::ngx_add_timer(&mut *self.company, LOOK) };
+        }
     }
 
     /// Whether every upstream has servers of its own, or an answer that says that there are none.
@@ -198,8 +228,10 @@ impl Drop for Applier {
         drop(self.thread.take());
         // SAFETY: both were added by `listen`, on this thread.
         unsafe {
-            if self.retry.timer_set() != 0 {
-                nginx_sys::ngx_del_timer(&mut *self.retry);
+            for timer in [&mut self.retry, &mut self.company] {
+                if timer.timer_set() != 0 {
+                    nginx_sys::ngx_del_timer(&mut **timer);
+                }
             }
             if !self.connection.is_null() {
                 ngx_close_connection(self.connection);
@@ -219,13 +251,23 @@ unsafe extern "C" fn on_wake(event: *mut ngx_event_t) {
             let connection: *mut ngx_connection_t = (*event).data.cast();
             let applier: *mut Applier = (*connection).data.cast();
             if (*connection).close() != 0 {
-                (*applier).handoff.begin_exit();
+                (*applier).begin_exit();
             }
             (*applier).take();
             if ngx_handle_read_event(event, 0) != NGX_OK as ngx_int_t {
                 log::cycle(NGX_LOG_CRIT, format_args!("consul: the eventfd is lost"));
             }
         }
+    });
+}
+
+/// # Safety
+///
+/// As nginx calls it: the timer of an [`Applier`] that is alive.
+unsafe extern "C" fn on_look(event: *mut ngx_event_t) {
+    // SAFETY: this function's own contract.
+    guard("waiting for the others", (), || unsafe {
+        (*(*event).data.cast::<Applier>()).stay_for_the_others();
     });
 }
 

@@ -2,27 +2,23 @@
 //!
 //! A worker that starts with an empty upstream would answer 502 until Consul has answered, a few
 //! milliseconds later. The first worker waits for all upstreams at once and opens the gate, a word
-//! in a zone of our own; the others look at it. Each waits for `consul_start_timeout` at most.
+//! in [`Shared`]; the others look at it. Each waits for `consul_start_timeout` at most.
 
 use core::ffi::c_int;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nginx_sys::{
-    NGX_CMD_QUIT, NGX_CMD_TERMINATE, NGX_ERROR, NGX_LOG_WARN, NGX_OK, ngx_channel, ngx_conf_t,
-    ngx_int_t, ngx_pagesize, ngx_quit, ngx_shared_memory_add, ngx_shm_zone_t, ngx_slab_calloc,
-    ngx_slab_pool_t, ngx_str_t, ngx_terminate, ngx_time_update, ngx_uint_t,
+    NGX_CMD_QUIT, NGX_CMD_TERMINATE, NGX_LOG_WARN, ngx_channel, ngx_int_t, ngx_quit, ngx_terminate,
+    ngx_time_update, ngx_uint_t,
 };
 
 use super::apply::Applier;
+use super::shared::Shared;
 use crate::conf::MainConf;
 use crate::log;
-use crate::ngx_http_consul_upstream_module;
-
-/// The zone's name, which stands in nginx's logs.
-const NAME: &str = "consul_upstream";
 
 /// How often the other workers look.
 const LOOK: Duration = Duration::from_millis(5);
@@ -34,70 +30,16 @@ const ORDERS: Duration = Duration::from_millis(50);
 /// second old, and Consul, where it is well, answers in less than this.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// The word in shared memory.
-#[derive(Default)]
-struct Gate {
-    open: AtomicBool,
-}
-
-/// Adds the zone to the configuration.
-///
-/// # Safety
-///
-/// `cf` is the context of the http block.
-pub unsafe fn add(cf: *mut ngx_conf_t) -> Option<*mut ngx_shm_zone_t> {
-    // SAFETY: the name is static; nginx copies the rest. The tag is the module, as usual.
-    unsafe {
-        let mut name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
-        let size = 8 * ngx_pagesize;
-        let tag = ptr::addr_of_mut!(ngx_http_consul_upstream_module).cast();
-        let zone = ngx_shared_memory_add(cf, &mut name, size, tag);
-        if zone.is_null() {
-            return None;
-        }
-        (*zone).init = Some(init);
-        // Every generation of workers has a gate of its own.
-        (*zone).noreuse = 1;
-        Some(zone)
-    }
-}
-
-/// # Safety
-///
-/// As nginx calls it: the zone's memory is there.
-unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, _old: *mut core::ffi::c_void) -> ngx_int_t {
-    // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate.
-    unsafe {
-        let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
-        let gate = ngx_slab_calloc(pool, size_of::<Gate>());
-        if gate.is_null() {
-            return NGX_ERROR as ngx_int_t;
-        }
-        (*zone).data = gate;
-        NGX_OK as ngx_int_t
-    }
-}
-
-/// The gate of a configuration in use.
-///
-/// # Safety
-///
-/// `main` belongs to a cycle whose zones are there, and has upstreams.
-unsafe fn gate(main: &MainConf) -> &Gate {
-    // SAFETY: `init` has made it, and the mapping lasts as long as the cycle.
-    unsafe { &*(*main.gate.0).data.cast::<Gate>() }
-}
-
 /// Waits until the first worker has opened the gate.
 ///
 /// # Safety
 ///
-/// On the main thread of another worker; see [`gate`].
+/// On the main thread of another worker; see [`Shared::of`].
 pub unsafe fn wait(main: &MainConf) {
     // SAFETY: this function's own contract.
-    let gate = unsafe { gate(main) };
+    let shared = unsafe { Shared::of(main) };
     let until = Instant::now() + main.start_timeout();
-    while !gate.open.load(Ordering::Acquire) && Instant::now() < until && !ending() {
+    while !shared.open.load(Ordering::Acquire) && Instant::now() < until && !ending() {
         sleep(LOOK);
     }
     // SAFETY: nginx's own clock, which stood still meanwhile.
@@ -109,10 +51,10 @@ pub unsafe fn wait(main: &MainConf) {
 ///
 /// # Safety
 ///
-/// On the main thread of the first worker; see [`gate`].
+/// On the main thread of the first worker; see [`Shared::of`].
 pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
     // SAFETY: this function's own contract.
-    if unsafe { gate(main) }.open.load(Ordering::Acquire) {
+    if unsafe { Shared::of(main) }.open.load(Ordering::Acquire) {
         return;
     }
     let begin = Instant::now();
@@ -141,10 +83,10 @@ pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
 ///
 /// # Safety
 ///
-/// See [`gate`].
+/// See [`Shared::of`].
 pub unsafe fn open(main: &MainConf) {
     // SAFETY: this function's own contract.
-    unsafe { gate(main) }.open.store(true, Ordering::Release);
+    unsafe { Shared::of(main) }.open.store(true, Ordering::Release);
 }
 
 /// Whether the worker is to end. nginx's signal handler says so, or the master by its channel,

@@ -88,16 +88,11 @@ impl Plan {
 
 impl Line {
     fn new(upstream: &Upstream, source: &Source) -> Self {
-        let key = key(upstream, source);
-        let mut hasher = DefaultHasher::new();
-        key.hash(&mut hasher);
         Self {
             query: source.query.clone(),
             selection: source.selection.clone(),
-            // The same in all processes of one build of the module; another build may not know it
-            // again, and then begins without the peers.
-            source: hasher.finish(),
-            key,
+            source: source_of(upstream, source),
+            key: key(upstream, source),
             attributes: source.attributes,
             datacenter: None,
             backup: source.backup,
@@ -162,6 +157,16 @@ fn peer(spec: &Spec) -> Peer {
         status: Status::Passing,
         kept_by: None,
     }
+}
+
+/// The number by which the peers of a line are known again in shared memory.
+///
+/// The same in all processes of one build of the module; another build may not know it again, and
+/// then begins without the peers.
+pub fn source_of(upstream: &Upstream, source: &Source) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    key(upstream, source).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What a line asks for, of whom.

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
-use std::net::{SocketAddr, SocketAddrV4};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, SocketAddrV4, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -99,6 +99,16 @@ pub fn web<const N: usize>(net: &Net) -> [Instance; N] {
     std::array::from_fn(|n| Instance::start(net, "web", &format!("web-{}", n + 1)))
 }
 
+/// Whether the tests run at the size of the bars: `make test-full`.
+pub fn full() -> bool {
+    std::env::var_os("TEST_FULL").is_some()
+}
+
+/// A count in short, and at the size of the bars.
+pub fn scaled(short: usize, long: usize) -> usize {
+    if full() { long } else { short }
+}
+
 /// Some hundred requests a second, as long as a test lasts. Without `keepalive` each of them is a
 /// connection to a backend, and there are kernels that remember every closed connection of the
 /// machine for two minutes, in a table of bounded size: all tests together must not fill it.
@@ -135,6 +145,48 @@ fn enough(expected: &[&str]) -> usize {
 pub fn watch<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
     const REST: Duration = Duration::from_millis(25);
     eventually(PATIENCE, what, || look().inspect_err(|_| thread::sleep(REST)))
+}
+
+/// A connection whose bytes a test sends as it likes.
+pub struct RawConn {
+    reader: BufReader<TcpStream>,
+}
+
+impl RawConn {
+    /// A connection to this worker.
+    #[track_caller]
+    pub fn to_worker(addr: SocketAddr, worker: u32) -> RawConn {
+        for _ in 0..200 {
+            let stream = TcpStream::connect(addr).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut conn = RawConn { reader: BufReader::new(stream) };
+            conn.send("GET / HTTP/1.1\r\nHost: any\r\n\r\n");
+            let (head, _) = conn.answer();
+            if head.contains(&format!("\nX-Worker: {worker}\r")) {
+                return conn;
+            }
+        }
+        panic!("no connection reached worker {worker}");
+    }
+
+    pub fn send(&mut self, text: &str) {
+        self.reader.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The head of the next answer, and its body, if it has a length.
+    pub fn answer(&mut self) -> (String, String) {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            assert!(self.reader.read_line(&mut head).unwrap() > 0, "cut off after {head:?}");
+        }
+        let len = head.lines().find_map(|line| {
+            let (name, value) = line.split_once(": ")?;
+            name.eq_ignore_ascii_case("content-length").then(|| value.parse().ok())?
+        });
+        let mut body = vec![0; len.unwrap_or(0)];
+        self.reader.read_exact(&mut body).unwrap();
+        (head, String::from_utf8(body).unwrap())
+    }
 }
 
 fn names(expected: &[&str]) -> BTreeSet<String> {

@@ -16,6 +16,7 @@ mod consul;
 mod health;
 mod lifecycle;
 mod names;
+mod reload;
 mod secure;
 mod state;
 mod truth;

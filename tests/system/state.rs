@@ -310,8 +310,9 @@ fn reloads_while_consul_is_away_serve_on() {
         assert!(begin.elapsed() < PROMPT, "{:?}", begin.elapsed());
         load.wait_for(50);
         every_worker_serves(&nginx, &["web-1", "web-2"]);
-        assert_eq!(stored_servers(&nginx), n);
+        assert_eq!(nginx.log_count("2 servers taken over"), n);
     }
+    assert_eq!(stored_servers(&nginx), 0);
     assert_eq!(written(&path.join("web.json")), before);
 
     stage.consul.restart();

@@ -21,12 +21,20 @@ macro_rules! peer_fields {
             name: ngx_str_t;
             /// What the configuration calls it.
             server: ngx_str_t;
+            /// Where it stands in the rotation.
+            current_weight: ngx_int_t;
             /// The weight that failures lower.
             effective_weight: ngx_int_t;
             /// The weight.
             weight: ngx_int_t;
             /// The most connections at a time; 0 for no limit.
             max_conns: ngx_uint_t;
+            /// Failures of late.
+            fails: ngx_uint_t;
+            /// When it last failed.
+            accessed: time_t;
+            /// When it was last tried after that.
+            checked: time_t;
             /// Failures until it is left alone; 0 for never.
             max_fails: ngx_uint_t;
             /// For how many seconds it is left alone.
@@ -101,6 +109,13 @@ macro_rules! define {
 pub unsafe trait PeerAbi: Sized {
     peer_fields!(declare);
 
+    /// Whether nginx's own `resolve` looks after the peer.
+    ///
+    /// # Safety
+    ///
+    /// `this` is live.
+    unsafe fn is_resolved(this: *mut Self) -> bool;
+
     /// Marks the peer to be freed by the last request that holds it.
     ///
     /// # Safety
@@ -146,6 +161,11 @@ pub unsafe trait PeersAbi: Sized {
 // SAFETY: all is of ngx_http_upstream_round_robin.h.
 unsafe impl PeerAbi for ngx_http_upstream_rr_peer_t {
     peer_fields!(define);
+
+    unsafe fn is_resolved(this: *mut Self) -> bool {
+        // SAFETY: the peer is live, says the caller; the field is written before it is linked.
+        unsafe { !(*this).host.is_null() }
+    }
 
     unsafe fn set_zombie(this: *mut Self) {
         // SAFETY: under the write lock nobody else has a use for the structure, and the bit field

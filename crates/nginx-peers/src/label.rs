@@ -8,6 +8,9 @@ const ID: usize = 88;
 /// The longest node name that is kept, in bytes.
 const NODE: usize = 64;
 
+/// The most bytes that a label takes.
+pub(crate) const LONGEST: usize = MAGIC.len() + size_of::<u64>() + 2 + NODE + ID;
+
 /// What a label begins with: that it is one, and of which form.
 const MAGIC: [u8; 2] = [0xC5, 1];
 

@@ -95,6 +95,10 @@ impl<L: PeersAbi> List<L> {
         Self { primaries, statics }
     }
 
+    pub(crate) fn primaries(&self) -> *mut L {
+        self.primaries
+    }
+
     /// The peers after the static ones, as they are: what another process has left, or this one.
     pub fn present(&self) -> Vec<Spec> {
         // SAFETY: `new`'s promise.
@@ -213,6 +217,53 @@ impl<L: PeersAbi> List<L> {
                 edit.finish(pool);
             }
             Ok(change)
+        }
+    }
+}
+
+/// Counts both lists anew, and tells all who remember something of them that they have changed.
+///
+/// # Safety
+///
+/// `primaries` is a live list in a zone, and nobody else uses it or its backups: they are new, or
+/// the caller holds both locks.
+pub(crate) unsafe fn recount<L: PeersAbi>(primaries: *mut L) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let count = |peers: *mut L| {
+            let mut counters = Counters::default();
+            let mut peer = *L::peer(peers);
+            while !peer.is_null() {
+                counters.add(*L::Peer::weight(peer) as usize, *L::Peer::down(peer) != 0);
+                peer = *L::Peer::next(peer);
+            }
+            counters
+        };
+        let backups = *L::next(primaries);
+        let mut behind = 0;
+        if !backups.is_null() {
+            let counters = count(backups);
+            behind = counters.number;
+            counters.store(backups, false);
+        }
+        let counters = count(primaries);
+        counters.store(primaries, counters.single(behind));
+        let config = *L::config(primaries);
+        config.write_volatile((*config).wrapping_add(1));
+    }
+}
+
+impl Counters {
+    /// # Safety
+    ///
+    /// As for [`recount`].
+    unsafe fn store<L: PeersAbi>(&self, peers: *mut L, single: bool) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            *L::number(peers) = self.number as _;
+            *L::total_weight(peers) = self.total_weight as _;
+            *L::tries(peers) = self.tries as _;
+            L::set_flags(peers, single, self.weighted());
         }
     }
 }
@@ -400,10 +451,7 @@ impl<L: PeersAbi> Edit<L> {
                     removed.held = true;
                 }
             }
-            *L::number(self.peers) = self.counters.number as _;
-            *L::total_weight(self.peers) = self.counters.total_weight as _;
-            *L::tries(self.peers) = self.counters.tries as _;
-            L::set_flags(self.peers, single, self.counters.weighted());
+            self.counters.store(self.peers, single);
         }
     }
 
@@ -424,4 +472,4 @@ impl<L: PeersAbi> Edit<L> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -44,17 +44,18 @@ impl Default for Attributes {
 
 /// Brings the peers of all sources of an upstream into the one order and takes out duplicates.
 ///
-/// The order is that of node and service ID: `hash` and `ip_hash` go by position, and two nginx
-/// with the same configuration should choose the same. Of several peers with one address the
-/// first stays, primaries before backups, earlier sources before later ones: nginx would treat
-/// them as different servers, with twice the weight and half the failures.
+/// The order is that of node, service ID and address: `hash` and `ip_hash` go by position, and two
+/// nginx with the same configuration should choose the same. Peers that stay never change places,
+/// so that an edit is a matter of links that are right one by one. Of several peers with one
+/// address the first stays, primaries before backups, earlier sources before later ones: nginx
+/// would treat them as different servers, with twice the weight and half the failures.
 pub fn arrange(sources: impl IntoIterator<Item = Spec>) -> Vec<Spec> {
     let mut specs: Vec<Spec> = sources.into_iter().collect();
     // Stable: the sources' order stays within primaries and backups.
     specs.sort_by_key(|spec| spec.backup);
     let mut seen = HashSet::with_capacity(specs.len());
     specs.retain(|spec| seen.insert(spec.address));
-    specs.sort_by(|a, b| a.label.cmp(&b.label));
+    specs.sort_by(|a, b| (&a.label, a.address).cmp(&(&b.label, b.address)));
     specs
 }
 
@@ -79,6 +80,13 @@ pub(crate) mod tests {
         let all = arrange([spec("b", 2), spec("a", 3), other_node]);
         let ids: Vec<_> = all.iter().map(|s| s.label.id()).collect();
         assert_eq!(ids, ["z", "a", "b"]);
+    }
+
+    #[test]
+    fn the_addresses_of_an_instance_are_in_order() {
+        let all = arrange([spec("a", 3), spec("a", 1), spec("b", 0), spec("a", 2)]);
+        let ports: Vec<_> = all.iter().map(|s| s.address.port()).collect();
+        assert_eq!(ports, [1, 2, 3, 0]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use nginx_sys::{
 use thiserror::Error;
 
 use crate::abi::PeerAbi;
+use crate::carry::History;
 use crate::inline::NGINX_PEERS_SOCKADDR_STRLEN;
 use crate::label::Label;
 use crate::spec::{Attributes, Spec};
@@ -182,6 +183,51 @@ pub(crate) unsafe fn write_attributes<P: PeerAbi>(peer: *mut P, attributes: &Att
     }
 }
 
+/// Reads the numbers of a peer, and its address.
+///
+/// # Safety
+///
+/// `peer` is live. Other processes may change its numbers meanwhile, one word each.
+pub(crate) unsafe fn read_plain<P: PeerAbi>(
+    peer: *mut P,
+) -> (Option<SocketAddr>, Attributes, History) {
+    // SAFETY: the caller's promise; the address never changes.
+    unsafe {
+        let attributes = Attributes {
+            weight: P::weight(peer).read_volatile() as u32,
+            max_conns: P::max_conns(peer).read_volatile() as u32,
+            max_fails: P::max_fails(peer).read_volatile() as u32,
+            fail_timeout: P::fail_timeout(peer).read_volatile() as u32,
+            down: P::down(peer).read_volatile() != 0,
+        };
+        let history = History {
+            fails: P::fails(peer).read_volatile(),
+            accessed: P::accessed(peer).read_volatile(),
+            checked: P::checked(peer).read_volatile(),
+            effective_weight: P::effective_weight(peer).read_volatile(),
+            current_weight: P::current_weight(peer).read_volatile(),
+        };
+        (read_address(*P::sockaddr(peer)), attributes, history)
+    }
+}
+
+/// Stores what [`read_plain`] has found out of an earlier peer.
+///
+/// # Safety
+///
+/// `peer` is live and has its attributes, and nobody else uses it.
+pub(crate) unsafe fn write_history<P: PeerAbi>(peer: *mut P, history: &History) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        *P::fails(peer) = history.fails;
+        *P::accessed(peer) = history.accessed;
+        *P::checked(peer) = history.checked;
+        // Never more than the weight, which no failure explains.
+        *P::effective_weight(peer) = history.effective_weight.min(*P::weight(peer));
+        *P::current_weight(peer) = history.current_weight;
+    }
+}
+
 /// Reads back what [`Fresh::new`] wrote.
 ///
 /// # Safety
@@ -201,14 +247,8 @@ pub(crate) unsafe fn read<P: PeerAbi>(
             at = at.add(1);
             byte
         });
-        let attributes = Attributes {
-            weight: *P::weight(peer) as u32,
-            max_conns: *P::max_conns(peer) as u32,
-            max_fails: *P::max_fails(peer) as u32,
-            fail_timeout: *P::fail_timeout(peer) as u32,
-            down: *P::down(peer) != 0,
-        };
-        (label, read_address(*P::sockaddr(peer)), attributes)
+        let (address, attributes, _) = read_plain(peer);
+        (label, address, attributes)
     }
 }
 

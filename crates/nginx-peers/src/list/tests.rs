@@ -7,21 +7,21 @@ use crate::spec::arrange;
 use crate::spec::tests::spec;
 
 /// An upstream as nginx's zone module leaves it: static servers, and perhaps a list of backups.
-struct Upstream {
-    pool: Box<ngx_slab_pool_t>,
-    config: Box<usize>,
-    primaries: Box<Peers>,
+pub(crate) struct Upstream {
+    pub(crate) pool: Box<ngx_slab_pool_t>,
+    pub(crate) config: Box<usize>,
+    pub(crate) primaries: Box<Peers>,
     backups: Option<Box<Peers>>,
     // Boxed: they are linked to each other.
     #[allow(clippy::vec_box)]
     statics: Vec<Box<Peer>>,
-    list: List<Peers>,
+    pub(crate) list: List<Peers>,
     /// Requests under way: the peers they hold, which they free.
     held: Vec<*mut Peer>,
 }
 
 impl Upstream {
-    fn new(statics: Statics, with_backups: bool) -> Self {
+    pub(crate) fn new(statics: Statics, with_backups: bool) -> Self {
         doubles::set_budget(usize::MAX);
         // SAFETY: all of these are structures of numbers and pointers, valid when zero.
         let zeroed = || unsafe { Box::<Peers>::new(core::mem::zeroed()) };
@@ -65,7 +65,11 @@ impl Upstream {
         Self { pool, config, primaries, backups, statics: all, list, held }
     }
 
-    fn peers(list: &Peers) -> Vec<*mut Peer> {
+    pub(crate) fn statics(&self) -> Statics {
+        self.list.statics
+    }
+
+    pub(crate) fn peers(list: &Peers) -> Vec<*mut Peer> {
         let first = core::ptr::NonNull::new(list.peer);
         // SAFETY: the links are those of the list.
         std::iter::successors(first, |peer| core::ptr::NonNull::new(unsafe { peer.as_ref().next }))
@@ -86,7 +90,7 @@ impl Upstream {
     }
 
     /// Checks everything that can be seen of both lists against what was wanted.
-    fn check(&self, wanted: &[Spec]) {
+    pub(crate) fn check(&self, wanted: &[Spec]) {
         assert!(doubles::unlocked());
         assert_eq!(arrange(self.list.present()), wanted, "what another process would find");
         let of = |backup: bool| {
@@ -141,7 +145,7 @@ fn ids(changed: &[Changed]) -> Vec<&str> {
     changed.iter().map(|changed| changed.label.id()).collect()
 }
 
-const NONE: Statics = Statics { primaries: 0, backups: 0 };
+pub(crate) const NONE: Statics = Statics { primaries: 0, backups: 0 };
 
 #[test]
 fn adds_removes_and_changes_in_one_edit() {

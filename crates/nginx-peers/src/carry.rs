@@ -1,0 +1,250 @@
+//! What a list takes over from the one that served before it, when nginx reloads.
+//!
+//! The new zone is filled by the master, while the workers of the old one still use it. Under the
+//! old list's read lock bytes are copied and no more: its workers wait for it, and the master must
+//! not be killed in there. What the bytes mean is found out after it.
+
+use core::ptr;
+use core::sync::atomic::{AtomicUsize, Ordering};
+use std::net::SocketAddr;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nginx_sys::{ngx_atomic_t, ngx_rwlock_unlock};
+
+use crate::abi::{PeerAbi, PeersAbi};
+use crate::label::{LONGEST, Label};
+use crate::list::{List, Statics, recount};
+use crate::spec::{Attributes, Spec};
+use crate::zone::{self, Fresh, Full};
+
+/// A peer, and what nginx has found out about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// What it is.
+    pub spec: Spec,
+    /// How it has done.
+    pub history: History,
+}
+
+/// How a peer has done. The connections that it has are not part of it: they are the old
+/// workers', and end in the old zone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// Failures of late.
+    pub fails: usize,
+    /// When it last failed, in seconds of the epoch.
+    pub accessed: i64,
+    /// When it was last tried after that.
+    pub checked: i64,
+    /// The weight that failures have left.
+    pub effective_weight: isize,
+    /// Where it stands in the rotation.
+    pub current_weight: isize,
+}
+
+/// The peers of a list as they were at one moment, as bytes.
+#[derive(Debug)]
+pub struct Copied {
+    peers: Vec<Raw>,
+    texts: Vec<u8>,
+    /// For how long the list was locked.
+    pub locked: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Raw {
+    address: Option<SocketAddr>,
+    attributes: Attributes,
+    history: History,
+    backup: bool,
+    /// Where the text of the server begins among the texts, how long it is, and where the label
+    /// behind it may end.
+    text: (usize, usize, usize),
+}
+
+/// Copies what a list has behind its static servers. `None` when its lock is not free within
+/// `patience`: a worker that was killed while it held it keeps it for ever.
+///
+/// # Safety
+///
+/// `primaries` is a live list in a zone, which begins with as many peers as `statics` says that
+/// come from the configuration. What stands behind them may be anybody's.
+pub unsafe fn copy<L: PeersAbi>(
+    primaries: *mut L,
+    statics: Statics,
+    patience: Duration,
+) -> Option<Copied> {
+    // SAFETY: the list is live. What is read before the lock is only a measure; under it no peer
+    // is linked or freed, in the list of backups either, whose changes take this lock as well.
+    unsafe {
+        let backups = *L::next(primaries);
+        let mut expected = *L::number(primaries);
+        if !backups.is_null() {
+            expected += *L::number(backups);
+        }
+        let end = (*(*L::shpool(primaries))).end.cast_const();
+        let most = end.addr().saturating_sub(primaries.addr()) / size_of::<L::Peer>();
+        let expected = expected.min(most);
+        let mut copied = Copied {
+            peers: Vec::with_capacity(expected),
+            texts: Vec::with_capacity(expected * (LONGEST + 32)),
+            locked: Duration::ZERO,
+        };
+
+        let lock = L::rwlock(primaries);
+        if !try_read_lock(lock, patience) {
+            return None;
+        }
+        let begin = Instant::now();
+        copied.take(primaries, statics.primaries, false, end, most);
+        if !backups.is_null() {
+            copied.take(backups, statics.backups, true, end, most);
+        }
+        ngx_rwlock_unlock(lock);
+        copied.locked = begin.elapsed();
+        Some(copied)
+    }
+}
+
+impl Copied {
+    /// # Safety
+    ///
+    /// The caller holds the list's lock; `end` is the end of its zone.
+    unsafe fn take<L: PeersAbi>(
+        &mut self,
+        peers: *mut L,
+        statics: usize,
+        backup: bool,
+        end: *const u8,
+        most: usize,
+    ) {
+        // SAFETY: under the lock the links are those of live peers. Their numbers may change
+        // meanwhile, one word each; texts never do. What is read behind a text lies in the zone.
+        unsafe {
+            let mut peer = *L::peer(peers);
+            let mut place = 0;
+            while !peer.is_null() && place < most {
+                if place >= statics && !L::Peer::is_resolved(peer) {
+                    let (address, attributes, history) = zone::read_plain(peer);
+                    let server = *L::Peer::server(peer);
+                    let from = self.texts.len();
+                    let room = end.addr().saturating_sub(server.data.addr());
+                    let len = (server.len + LONGEST).min(room);
+                    self.texts.reserve(len);
+                    ptr::copy_nonoverlapping(server.data, self.texts.as_mut_ptr().add(from), len);
+                    self.texts.set_len(from + len);
+                    let text = (from, server.len, from + len);
+                    self.peers.push(Raw { address, attributes, history, backup, text });
+                }
+                peer = *L::Peer::next(peer);
+                place += 1;
+            }
+        }
+    }
+
+    /// The peers of the sources that are known still, in their order.
+    pub fn peers(&self, knows: impl Fn(u64) -> bool) -> Vec<Carried> {
+        let known = |raw: &Raw| {
+            let (from, len, end) = raw.text;
+            let server = self.texts.get(from..from + len)?;
+            let mut behind = self.texts.get(from + len..end)?.iter();
+            // Zeros, where the zone ends, make no label.
+            let label = Label::decode(|| behind.next().copied().unwrap_or(0))?;
+            let spec = Spec {
+                address: raw.address?,
+                server: String::from_utf8_lossy(server).into_owned(),
+                backup: raw.backup,
+                attributes: raw.attributes,
+                label,
+            };
+            knows(spec.label.source()).then_some(Carried { spec, history: raw.history })
+        };
+        let mut all: Vec<Carried> = self.peers.iter().filter_map(known).collect();
+        all.sort_by(|a, b| (&a.spec.label, a.spec.address).cmp(&(&b.spec.label, b.spec.address)));
+        all
+    }
+}
+
+/// nginx's `ngx_rwlock_rlock`, which gives up.
+///
+/// # Safety
+///
+/// `lock` is a live lock of nginx's.
+unsafe fn try_read_lock(lock: *mut ngx_atomic_t, patience: Duration) -> bool {
+    const WRITE_LOCKED: usize = usize::MAX;
+    /// An edit is over after some microseconds.
+    const REST: Duration = Duration::from_micros(50);
+    // SAFETY: the word is live, aligned, and only ever changed by atomic operations.
+    let word = unsafe { AtomicUsize::from_ptr(lock.cast::<usize>()) };
+    let begin = Instant::now();
+    loop {
+        let readers = word.load(Ordering::Relaxed);
+        if readers != WRITE_LOCKED {
+            if word
+                .compare_exchange_weak(readers, readers + 1, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+            {
+                return true;
+            }
+            continue;
+        }
+        if begin.elapsed() >= patience {
+            return false;
+        }
+        sleep(REST);
+    }
+}
+
+impl<L: PeersAbi> List<L> {
+    /// Puts peers of an earlier list into this one, which has none but static servers yet: as many
+    /// of them as there is room for, primaries first. Returns how many there are; where some are
+    /// missing, beside the size that would do for all.
+    ///
+    /// # Errors
+    ///
+    /// The number of those that are in, and what the zone lacks.
+    pub fn take_over(&mut self, carried: &[Carried]) -> Result<usize, (usize, Full)> {
+        // SAFETY: `new`'s promise; nobody else uses a list that is new.
+        unsafe {
+            let backups = *L::next(self.primaries());
+            let pool = *L::shpool(self.primaries());
+            let mut taken = 0;
+            let mut full = false;
+            for (peers, backup) in [(self.primaries(), false), (backups, true)] {
+                if peers.is_null() {
+                    continue;
+                }
+                let mut tail = L::peer(peers);
+                while !(*tail).is_null() {
+                    tail = L::Peer::next(*tail);
+                }
+                // A method that knows no backups has no use for the distinction.
+                let here = |one: &&Carried| (one.spec.backup && !backups.is_null()) == backup;
+                for one in carried.iter().filter(here) {
+                    let Some(fresh) = Fresh::<L::Peer>::new(pool, &one.spec).filter(|_| !full)
+                    else {
+                        full = true;
+                        break;
+                    };
+                    let peer = fresh.link();
+                    zone::write_history(peer, &one.history);
+                    *tail = peer;
+                    tail = L::Peer::next(peer);
+                    taken += 1;
+                }
+            }
+            recount(self.primaries());
+            if !full {
+                return Ok(taken);
+            }
+            // The need is that of the rest, beside what is in.
+            let mut specs: Vec<&Spec> = carried.iter().map(|one| &one.spec).collect();
+            specs.sort_by_key(|spec| spec.backup);
+            Err((taken, zone::full::<L::Peer>(pool, specs.into_iter().skip(taken))))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

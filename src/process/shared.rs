@@ -1,0 +1,114 @@
+//! What the workers of one generation share: a zone of our own.
+
+use core::ptr;
+use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use nginx_sys::{
+    NGX_ERROR, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pagesize, ngx_shared_memory_add, ngx_shm_zone_t,
+    ngx_slab_calloc, ngx_slab_pool_t, ngx_str_t,
+};
+
+use crate::conf::MainConf;
+use crate::ngx_http_consul_upstream_module;
+
+/// The zone's name, which stands in nginx's logs.
+const NAME: &str = "consul_upstream";
+
+/// nginx's `NGX_MAX_PROCESSES`.
+const PROCESSES: usize = 1024;
+
+/// The zone's content. Zeroed memory is a valid one.
+pub struct Shared {
+    /// New workers may take requests; see [`super::gate`].
+    pub open: AtomicBool,
+    /// The process that is each worker, by its number; 0 for none.
+    workers: [AtomicI32; PROCESSES],
+}
+
+/// Adds the zone to the configuration.
+///
+/// # Safety
+///
+/// `cf` is the context of the http block.
+pub unsafe fn add(cf: *mut ngx_conf_t) -> Option<*mut ngx_shm_zone_t> {
+    // SAFETY: the name is static; nginx copies the rest. The tag is the module, as usual.
+    unsafe {
+        let mut name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
+        let size = 8 * ngx_pagesize;
+        let tag = ptr::addr_of_mut!(ngx_http_consul_upstream_module).cast();
+        let zone = ngx_shared_memory_add(cf, &mut name, size, tag);
+        if zone.is_null() {
+            return None;
+        }
+        (*zone).init = Some(init);
+        // Every generation of workers has one of its own.
+        (*zone).noreuse = 1;
+        Some(zone)
+    }
+}
+
+/// # Safety
+///
+/// As nginx calls it: the zone's memory is there.
+unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, _old: *mut core::ffi::c_void) -> ngx_int_t {
+    // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate.
+    unsafe {
+        let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
+        let shared = ngx_slab_calloc(pool, size_of::<Shared>());
+        if shared.is_null() {
+            return NGX_ERROR as ngx_int_t;
+        }
+        (*zone).data = shared;
+        NGX_OK as ngx_int_t
+    }
+}
+
+impl Shared {
+    /// That of a configuration in use.
+    ///
+    /// # Safety
+    ///
+    /// `main` belongs to a cycle whose zones are there, and has upstreams.
+    pub unsafe fn of(main: &MainConf) -> &Self {
+        // SAFETY: `init` has made it, and the mapping lasts as long as the cycle.
+        unsafe { &*(*main.shared.0).data.cast::<Self>() }
+    }
+
+    /// This process is the worker of this number.
+    pub fn enter(&self, number: usize) {
+        if let Some(worker) = self.workers.get(number) {
+            worker.store(own_pid(), Ordering::Relaxed);
+        }
+    }
+
+    /// It ends.
+    pub fn leave(&self) {
+        let own = own_pid();
+        for worker in &self.workers {
+            // Whoever has its place by now keeps it.
+            let _ = worker.compare_exchange(own, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether another worker of this generation is there still.
+    pub fn is_in_company(&self) -> bool {
+        let own = own_pid();
+        self.workers
+            .iter()
+            .map(|worker| worker.load(Ordering::Relaxed))
+            .any(|pid| pid != 0 && pid != own && lives(pid))
+    }
+}
+
+/// This process, as others know it.
+pub fn own_pid() -> i32 {
+    // SAFETY: the call has no preconditions.
+    unsafe { libc::getpid() }
+}
+
+/// Whether there is such a process.
+pub fn lives(pid: i32) -> bool {
+    // SAFETY: the call only looks; pids here are positive.
+    let found = unsafe { libc::kill(pid, 0) } == 0;
+    found || std::io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+}
