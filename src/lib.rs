@@ -5,16 +5,20 @@
 //! layer around the balancers ([`balance`]). Consul is the business of the crate consul-watch, the peer list in shared
 //! memory that of nginx-peers.
 
+use core::ffi::c_char;
 use core::ptr;
 
 use nginx_sys::{
-    NGX_HTTP_MODULE, ngx_conf_t, ngx_http_module_t, ngx_int_t, ngx_module_t, ngx_uint_t,
+    NGX_CORE_MODULE, NGX_HTTP_MODULE, ngx_conf_t, ngx_core_module_t, ngx_http_module_t, ngx_int_t,
+    ngx_module_t, ngx_uint_t,
 };
 use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
+use ngx::ngx_string;
 
 mod balance;
 mod carry;
 mod conf;
+mod failpoint;
 mod guard;
 mod log;
 mod process;
@@ -33,9 +37,60 @@ static CONTEXT: ngx_http_module_t = ngx_http_module_t {
     merge_loc_conf: None,
 };
 
-ngx::ngx_modules!(ngx_http_consul_upstream_module);
+/// The modules in this file, for `load_module`.
+#[unsafe(no_mangle)]
+#[allow(non_upper_case_globals)]
+pub static mut ngx_modules: [*const ngx_module_t; 3] = [
+    ptr::addr_of!(ngx_consul_upstream_recovery_module),
+    ptr::addr_of!(ngx_http_consul_upstream_module),
+    ptr::null(),
+];
 
-/// What `load_module` looks for.
+/// Their names.
+#[unsafe(no_mangle)]
+#[allow(non_upper_case_globals)]
+pub static mut ngx_module_names: [*const c_char; 3] = [
+    c"ngx_consul_upstream_recovery_module".as_ptr(),
+    c"ngx_http_consul_upstream_module".as_ptr(),
+    ptr::null(),
+];
+
+/// The first comes before nginx's own module of zones: a new worker must mend the lists before that
+/// takes their locks. The other one is where nginx puts it.
+#[unsafe(no_mangle)]
+#[allow(non_upper_case_globals)]
+pub static mut ngx_module_order: [*const c_char; 3] = [
+    c"ngx_consul_upstream_recovery_module".as_ptr(),
+    c"ngx_http_upstream_zone_module".as_ptr(),
+    ptr::null(),
+];
+
+static mut RECOVERY: ngx_core_module_t = ngx_core_module_t {
+    name: ngx_string!("consul_upstream_recovery"),
+    create_conf: None,
+    init_conf: None,
+};
+
+/// What a new worker does before all else.
+#[used]
+#[allow(non_upper_case_globals)]
+pub static mut ngx_consul_upstream_recovery_module: ngx_module_t = ngx_module_t {
+    ctx: ptr::addr_of_mut!(RECOVERY).cast(),
+    commands: ptr::null_mut(),
+    type_: NGX_CORE_MODULE as ngx_uint_t,
+
+    init_master: None,
+    init_module: None,
+    init_process: Some(process::recover),
+    init_thread: None,
+    exit_thread: None,
+    exit_process: None,
+    exit_master: None,
+
+    ..ngx_module_t::default()
+};
+
+/// The http module.
 #[used]
 #[allow(non_upper_case_globals)]
 pub static mut ngx_http_consul_upstream_module: ngx_module_t = ngx_module_t {

@@ -4,7 +4,8 @@
 //! The first worker of a generation runs the consul thread ([`thread`]) and edits the lists of all
 //! upstreams ([`apply`]); the others read them. Between the two threads stands a [`handoff`]. The
 //! [`gate`] holds new workers back until the first answers are there. What the workers know of each
-//! other stands in [`shared`].
+//! other stands in [`shared`]; there is also the [`journal`] of the edit under way, for whoever takes
+//! the place of a worker that was killed.
 //!
 //! At a reload the old generation's first worker goes on following Consul until all its others
 //! have ended: a request that was long in coming may have to choose a server still. It writes
@@ -27,12 +28,13 @@ use self::shared::Shared;
 pub use self::shared::add as add_zone;
 use crate::conf::MainConf;
 use crate::guard::guard;
-use crate::{ConsulUpstream, log};
+use crate::{ConsulUpstream, failpoint, log};
 
 mod apply;
 mod assembly;
 mod gate;
 mod handoff;
+mod journal;
 mod plan;
 mod shared;
 mod stored;
@@ -85,6 +87,27 @@ unsafe fn prepare(cycle: *mut ngx_cycle_t) {
             main.store_nothing();
         }
     }
+}
+
+/// Called in every new process before the other modules: a worker that died while it edited a list
+/// has left it locked.
+///
+/// # Safety
+///
+/// As nginx calls it.
+pub unsafe extern "C" fn recover(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+    guard("the recovery of a list", (), || {
+        // SAFETY: the cycle is nginx's; the variables are written before this call.
+        unsafe {
+            failpoint::init();
+            if ngx_process == NGX_PROCESS_WORKER as ngx_uint_t
+                && let Some(main) = main_conf(cycle).filter(|main| !main.upstreams.is_empty())
+            {
+                journal::recover_lists(main, ngx_worker);
+            }
+        }
+    });
+    NGX_OK as ngx_int_t
 }
 
 /// Called in every new process. An error would end the worker for good, so none is returned.

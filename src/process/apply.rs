@@ -16,6 +16,7 @@ use nginx_sys::{
 };
 
 use super::handoff::{Handoff, Note, Update};
+use super::journal;
 use super::plan::Plan;
 use super::shared::Shared;
 use super::stored;
@@ -57,6 +58,7 @@ struct Upstream {
     name: String,
     zone: String,
     list: List<ngx_http_upstream_rr_peers_t>,
+    journal: journal::Note,
     /// All lines have had an answer.
     answered: bool,
     /// It has servers from before its first answer.
@@ -78,7 +80,13 @@ impl Applier {
         // and each begins with the static servers that `conf::finish` has counted. Zero is valid
         // for an event.
         let (mut upstreams, retry, company) = unsafe {
-            let upstreams: Vec<_> = main.upstreams.iter().map(|conf| Upstream::new(conf)).collect();
+            let shared = Shared::of(main);
+            let upstreams: Vec<_> = main
+                .upstreams
+                .iter()
+                .enumerate()
+                .map(|(number, conf)| Upstream::new(conf, journal::Note::new(shared, number)))
+                .collect();
             let event = || Box::new(core::mem::zeroed::<ngx_event_t>());
             (upstreams, event(), event())
         };
@@ -285,7 +293,7 @@ impl Upstream {
     /// # Safety
     ///
     /// As [`Applier::start`].
-    unsafe fn new(conf: &conf::Upstream) -> Self {
+    unsafe fn new(conf: &conf::Upstream, journal: journal::Note) -> Self {
         // SAFETY: the caller's promise.
         let list = unsafe {
             let primaries: *mut ngx_http_upstream_rr_peers_t = (*conf.nginx).peer.data.cast();
@@ -297,6 +305,7 @@ impl Upstream {
             name: conf.name.clone(),
             zone: conf.zone.clone(),
             list,
+            journal,
             answered: false,
             restored: false,
             pending: None,
@@ -313,7 +322,7 @@ impl Upstream {
         if self.restored || specs.is_empty() {
             return;
         }
-        match self.list.apply(&specs) {
+        match self.list.apply_noting(&specs, &self.journal) {
             Ok(_) => {
                 self.restored = true;
                 let (name, number) = (&self.name, specs.len());
@@ -331,7 +340,7 @@ impl Upstream {
     fn apply(&mut self, update: Update) {
         let first = update.complete && !self.answered;
         self.answered |= update.complete;
-        match self.list.apply(&update.specs) {
+        match self.list.apply_noting(&update.specs, &self.journal) {
             Ok(change) => {
                 self.complained = None;
                 if first || !change.is_empty() {

@@ -12,6 +12,8 @@ use nginx_peers::Spec;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::failpoint;
+
 /// Lines that are kept while nginx's thread is busy; later ones are counted.
 const NOTES: usize = 256;
 
@@ -104,6 +106,7 @@ impl Handoff {
 
     /// Gives sets to upstreams, and returns when nginx's thread has taken all of them over.
     pub async fn give(&self, updates: impl IntoIterator<Item = (usize, Update)>) {
+        failpoint::panic("watch");
         let mut taken = self.taken.subscribe();
         for (upstream, update) in updates {
             if let Some(slot) = self.slots.get(upstream) {

@@ -1,7 +1,7 @@
 //! What the workers of one generation share: a zone of our own.
 
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use nginx_sys::{
     NGX_ERROR, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pagesize, ngx_shared_memory_add, ngx_shm_zone_t,
@@ -23,6 +23,8 @@ pub struct Shared {
     pub open: AtomicBool,
     /// The process that is each worker, by its number; 0 for none.
     workers: [AtomicI32; PROCESSES],
+    /// The edit under way; see [`super::journal`].
+    pub edit: AtomicU64,
 }
 
 /// Adds the zone to the configuration.
@@ -88,6 +90,11 @@ impl Shared {
             // Whoever has its place by now keeps it.
             let _ = worker.compare_exchange(own, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
+    }
+
+    /// Whether a process was the last worker of this number.
+    pub fn is_worker(&self, number: usize, pid: i32) -> bool {
+        self.workers.get(number).is_some_and(|worker| worker.load(Ordering::Relaxed) == pid)
     }
 
     /// Whether another worker of this generation is there still.

@@ -25,7 +25,7 @@ use tokio::time::sleep;
 use super::assembly::{Assembly, Lines};
 use super::handoff::Handoff;
 use super::plan::{Plan, WatchPlan};
-use crate::guard;
+use crate::{failpoint, guard};
 
 /// The thread, and how to end it.
 pub struct Thread {
@@ -126,6 +126,7 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 
 /// Runs all watches. One that panics is started again; the others do not notice.
 async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
+    failpoint::panic("thread");
     let datacenters: Vec<Option<String>> =
         plan.watches.iter().map(|watch| datacenter(&plan, watch)).collect();
     let upstreams: Rc<[Assembly]> = plan

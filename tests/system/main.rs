@@ -13,6 +13,7 @@ mod balancers;
 mod changes;
 mod config;
 mod consul;
+mod crash;
 mod health;
 mod lifecycle;
 mod names;

@@ -4,8 +4,8 @@
 //! old list's read lock bytes are copied and no more: its workers wait for it, and the master must
 //! not be killed in there. What the bytes mean is found out after it.
 
-use core::ptr;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::Ordering;
+use core::{ptr, slice};
 use std::net::SocketAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -13,10 +13,14 @@ use std::time::{Duration, Instant};
 use nginx_sys::{ngx_atomic_t, ngx_rwlock_unlock};
 
 use crate::abi::{PeerAbi, PeersAbi};
-use crate::label::{LONGEST, Label};
+use crate::crash::{WRITE_LOCKED, word};
+use crate::label::Label;
 use crate::list::{List, Statics, recount};
 use crate::spec::{Attributes, Spec};
 use crate::zone::{self, Fresh, Full};
+
+/// The room for the texts of a peer, most times: the name of the service, and the label.
+const TEXT: usize = 96;
 
 /// A peer, and what nginx has found out about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,12 +87,13 @@ pub unsafe fn copy<L: PeersAbi>(
         if !backups.is_null() {
             expected += *L::number(backups);
         }
-        let end = (*(*L::shpool(primaries))).end.cast_const();
-        let most = end.addr().saturating_sub(primaries.addr()) / size_of::<L::Peer>();
+        let pool = *L::shpool(primaries);
+        let end = (*pool).end.cast_const();
+        let most = (end.addr() - pool.addr()) / size_of::<L::Peer>();
         let expected = expected.min(most);
         let mut copied = Copied {
-            peers: Vec::with_capacity(expected),
-            texts: Vec::with_capacity(expected * (LONGEST + 32)),
+            peers: touched(expected),
+            texts: touched(expected * TEXT),
             locked: Duration::ZERO,
         };
 
@@ -105,6 +110,19 @@ pub unsafe fn copy<L: PeersAbi>(
         copied.locked = begin.elapsed();
         Some(copied)
     }
+}
+
+/// An empty vector with room for so many, in pages that are there: the first touch of each would
+/// otherwise cost its time under the lock.
+fn touched<T>(len: usize) -> Vec<T> {
+    let mut vec: Vec<T> = Vec::with_capacity(len);
+    vec.spare_capacity_mut().iter_mut().for_each(|place| {
+        // SAFETY: any bytes will do for what is not initialised.
+        unsafe { ptr::write_bytes(place.as_mut_ptr(), 0, 1) };
+    });
+    // The compiler knows that nobody reads it, but not what becomes of the address.
+    std::hint::black_box(vec.as_mut_ptr());
+    vec
 }
 
 impl Copied {
@@ -130,10 +148,10 @@ impl Copied {
                     let server = *L::Peer::server(peer);
                     let from = self.texts.len();
                     let room = end.addr().saturating_sub(server.data.addr());
-                    let len = (server.len + LONGEST).min(room);
-                    self.texts.reserve(len);
-                    ptr::copy_nonoverlapping(server.data, self.texts.as_mut_ptr().add(from), len);
-                    self.texts.set_len(from + len);
+                    let label = server.data.wrapping_add(server.len);
+                    let label = Label::len_at(label, room.saturating_sub(server.len));
+                    let len = server.len + label.unwrap_or(0);
+                    self.texts.extend_from_slice(slice::from_raw_parts(server.data, len));
                     let text = (from, server.len, from + len);
                     self.peers.push(Raw { address, attributes, history, backup, text });
                 }
@@ -172,11 +190,10 @@ impl Copied {
 ///
 /// `lock` is a live lock of nginx's.
 unsafe fn try_read_lock(lock: *mut ngx_atomic_t, patience: Duration) -> bool {
-    const WRITE_LOCKED: usize = usize::MAX;
     /// An edit is over after some microseconds.
     const REST: Duration = Duration::from_micros(50);
-    // SAFETY: the word is live, aligned, and only ever changed by atomic operations.
-    let word = unsafe { AtomicUsize::from_ptr(lock.cast::<usize>()) };
+    // SAFETY: the caller's promise.
+    let word = unsafe { word(lock) };
     let begin = Instant::now();
     loop {
         let readers = word.load(Ordering::Relaxed);
@@ -234,7 +251,7 @@ impl<L: PeersAbi> List<L> {
                     taken += 1;
                 }
             }
-            recount(self.primaries());
+            recount(self.primaries(), true);
             if !full {
                 return Ok(taken);
             }

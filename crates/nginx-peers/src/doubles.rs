@@ -15,6 +15,7 @@ thread_local! {
     static BUDGET: Cell<usize> = const { Cell::new(usize::MAX) };
     static LOCKED: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
     static MUTEX: Cell<bool> = const { Cell::new(false) };
+    static DEAD: Cell<bool> = const { Cell::new(false) };
 }
 
 /// How many allocations are alive.
@@ -30,6 +31,23 @@ pub fn set_budget(allocations: usize) {
 /// Whether all locks were given back.
 pub fn unlocked() -> bool {
     LOCKED.with_borrow(Vec::is_empty) && !MUTEX.get()
+}
+
+/// From now on the process is as one that was killed: its destructors change nothing.
+pub fn die() {
+    DEAD.set(true);
+}
+
+/// Another process takes its place. Returns the locks that the dead one has left.
+pub fn revive() -> Vec<usize> {
+    DEAD.set(false);
+    MUTEX.set(false);
+    LOCKED.take()
+}
+
+/// What such an edit has left in the zone is left there.
+pub fn forget_allocations() {
+    LIVE.with_borrow_mut(HashMap::clear);
 }
 
 fn layout(size: usize) -> Layout {
@@ -58,6 +76,9 @@ extern "C" fn ngx_slab_alloc(pool: *mut ngx_slab_pool_t, size: usize) -> *mut c_
 
 #[unsafe(no_mangle)]
 extern "C" fn ngx_slab_free_locked(_: *mut ngx_slab_pool_t, at: *mut c_void) {
+    if DEAD.get() {
+        return;
+    }
     assert!(MUTEX.get(), "frees without the mutex");
     assert!(LOCKED.with_borrow(Vec::is_empty), "frees under a list's lock");
     let size = LIVE.with_borrow_mut(|live| live.remove(&at.addr())).expect("freed once");
@@ -67,12 +88,12 @@ extern "C" fn ngx_slab_free_locked(_: *mut ngx_slab_pool_t, at: *mut c_void) {
 
 #[unsafe(no_mangle)]
 extern "C" fn ngx_shmtx_lock(_: *mut ngx_shmtx_t) {
-    assert!(!MUTEX.replace(true));
+    assert!(DEAD.get() || !MUTEX.replace(true));
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn ngx_shmtx_unlock(_: *mut ngx_shmtx_t) {
-    assert!(MUTEX.replace(false));
+    assert!(DEAD.get() || MUTEX.replace(false));
 }
 
 #[unsafe(no_mangle)]

@@ -8,9 +8,6 @@ const ID: usize = 88;
 /// The longest node name that is kept, in bytes.
 const NODE: usize = 64;
 
-/// The most bytes that a label takes.
-pub(crate) const LONGEST: usize = MAGIC.len() + size_of::<u64>() + 2 + NODE + ID;
-
 /// What a label begins with: that it is one, and of which form.
 const MAGIC: [u8; 2] = [0xC5, 1];
 
@@ -62,6 +59,24 @@ impl Label {
             out.push(part.len() as u8);
             out.extend_from_slice(part.as_bytes());
         }
+    }
+
+    /// How many bytes the label takes that begins at `at`. `None` for what is no label, or has no
+    /// room for one.
+    ///
+    /// # Safety
+    ///
+    /// There are `room` bytes.
+    pub(crate) unsafe fn len_at(at: *const u8, room: usize) -> Option<usize> {
+        // SAFETY: the caller's promise; nothing is read behind it.
+        let byte = |n: usize| (n < room).then(|| unsafe { *at.add(n) });
+        let node = MAGIC.len() + size_of::<u64>();
+        if byte(0)? != MAGIC[0] || byte(1)? != MAGIC[1] {
+            return None;
+        }
+        let id = node + 1 + usize::from(byte(node)?);
+        let len = id + 1 + usize::from(byte(id)?);
+        (len <= room).then_some(len)
     }
 
     /// Reads a label; `bytes` gives one byte at a time, from behind the peer's text. `None` for
@@ -137,6 +152,11 @@ mod tests {
             let mut bytes = Vec::new();
             label.encode(&mut bytes);
             prop_assert_eq!(bytes.len(), label.encoded_len());
+            for room in 0..bytes.len() + 1 {
+                let expected = (room == bytes.len()).then_some(room);
+                // SAFETY: there are so many bytes.
+                prop_assert_eq!(unsafe { Label::len_at(bytes.as_ptr(), room) }, expected);
+            }
             let mut bytes = bytes.into_iter();
             prop_assert_eq!(Label::decode(|| bytes.next().unwrap()), Some(label));
         }

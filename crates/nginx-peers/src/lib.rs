@@ -17,7 +17,8 @@
 //! nginx's own rule (`resolve` gives each server one worker), and what follows relies on it: the
 //! links may be walked without the lock, because nobody else writes them.
 //!
-//! [`carry`] copies the peers of the list before a reload into the one after it. [`retry`] holds the decisions of the other half: what a request does whose list has changed
+//! [`carry`] copies the peers of the list before a reload into the one after it, and [`crash`] mends
+//! what a killed process leaves behind. [`retry`] holds the decisions of the other half: what a request does whose list has changed
 //! since it began.
 
 #![warn(missing_docs)]
@@ -25,6 +26,7 @@
 mod abi;
 pub mod carry;
 pub mod counters;
+pub mod crash;
 pub mod diff;
 mod inline;
 mod label;

@@ -3,15 +3,22 @@
 //!
 //! nginx does not release a list's lock when the worker that holds it is killed, and requests of
 //! all workers wait for it. So no memory is allocated or freed inside, nothing is searched,
-//! formatted or logged, and nothing can panic.
+//! formatted or logged, and nothing can panic. For the worker that is killed there all the same,
+//! the stores are in an order that leaves a list after each of them; see [`crate::crash`].
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use nginx_sys::{ngx_rwlock_unlock, ngx_rwlock_wlock, ngx_slab_pool_t};
 use thiserror::Error;
 
 use crate::abi::{PeerAbi, PeersAbi};
 use crate::counters::Counters;
+use crate::crash::Journal;
+use crate::crash::Step::{
+    AllLinked, Begun, Changed as ChangedStep, Counted, Ended, Freed, Held, Linked, Locked,
+    LockedPrimaries, Marked, Released, Told, Unlocked, UnlockedBackups,
+};
 use crate::diff::{Found, Plan, Step};
 use crate::label::Label;
 use crate::spec::{Attributes, Spec};
@@ -45,6 +52,8 @@ pub struct Change {
     pub changed: Vec<Changed>,
     /// Whether the order of those that stayed is another.
     pub reordered: bool,
+    /// For how long the list was locked.
+    pub locked: Duration,
 }
 
 /// A peer that an edit touched.
@@ -128,9 +137,18 @@ impl<L: PeersAbi> List<L> {
     /// Makes the peers after the static ones those of `wanted`, in this order: all of it, or
     /// nothing.
     pub fn apply(&mut self, wanted: &[Spec]) -> Result<Change, Refused> {
+        self.apply_noting(wanted, &())
+    }
+
+    /// The same, with notes for whoever comes after this process, should it die meanwhile.
+    pub fn apply_noting(
+        &mut self,
+        wanted: &[Spec],
+        journal: &impl Journal,
+    ) -> Result<Change, Refused> {
         for _ in 0..ATTEMPTS {
             // SAFETY: `new`'s promise.
-            match unsafe { self.try_apply(wanted) } {
+            match unsafe { self.try_apply(wanted, journal) } {
                 Err(Refused::Contended) => (),
                 result => return result,
             }
@@ -141,7 +159,11 @@ impl<L: PeersAbi> List<L> {
     /// # Safety
     ///
     /// As [`Self::new`].
-    unsafe fn try_apply(&mut self, wanted: &[Spec]) -> Result<Change, Refused> {
+    unsafe fn try_apply(
+        &mut self,
+        wanted: &[Spec],
+        journal: &impl Journal,
+    ) -> Result<Change, Refused> {
         // SAFETY: `new`'s promise: the lists are live, this process is the one that edits them,
         // so their links are read without the lock.
         unsafe {
@@ -190,24 +212,39 @@ impl<L: PeersAbi> List<L> {
                 .as_ref()
                 .filter(|side| !side.plan.is_empty())
                 .map(|side| L::rwlock(side.peers));
+            journal.begin(backup_lock.is_some());
+            journal.step(Begun);
             ngx_rwlock_wlock(L::rwlock(self.primaries));
+            journal.step(LockedPrimaries);
             if let Some(lock) = backup_lock {
                 ngx_rwlock_wlock(lock);
             }
+            let begin = Instant::now();
+            journal.step(Locked);
             let ours = config.read_volatile() == seen;
             if ours {
-                primary_edit.carry_out(single);
+                journal.held();
+                journal.step(Held);
+                primary_edit.carry_out(single, journal);
                 if let Some(edit) = &mut backup_edit
                     && backup_lock.is_some()
                 {
-                    edit.carry_out(false);
+                    edit.carry_out(false, journal);
                 }
                 config.write_volatile(seen.wrapping_add(1));
+                journal.step(Told);
+                journal.release();
+                journal.step(Released);
             }
             if let Some(lock) = backup_lock {
                 ngx_rwlock_unlock(lock);
+                journal.step(UnlockedBackups);
             }
             ngx_rwlock_unlock(L::rwlock(self.primaries));
+            journal.step(Unlocked);
+            change.locked = begin.elapsed();
+            journal.end();
+            journal.step(Ended);
 
             if !ours {
                 return Err(Refused::Contended);
@@ -216,35 +253,46 @@ impl<L: PeersAbi> List<L> {
             if let Some(edit) = backup_edit {
                 edit.finish(pool);
             }
+            journal.step(Freed);
             Ok(change)
         }
     }
 }
 
-/// Counts both lists anew, and tells all who remember something of them that they have changed.
+/// Counts the primaries anew, and the backups if it is `both`, and tells all who remember something
+/// of them that they have changed.
 ///
 /// # Safety
 ///
-/// `primaries` is a live list in a zone, and nobody else uses it or its backups: they are new, or
-/// the caller holds both locks.
-pub(crate) unsafe fn recount<L: PeersAbi>(primaries: *mut L) {
+/// `primaries` is a live list in a zone, and nobody else uses what is counted: it is new, or the
+/// caller holds the locks.
+pub(crate) unsafe fn recount<L: PeersAbi>(primaries: *mut L, both: bool) {
     // SAFETY: the caller's promise.
     unsafe {
+        let pool = *L::shpool(primaries);
+        let most = ((*pool).end.addr() - pool.addr()) / size_of::<L::Peer>();
         let count = |peers: *mut L| {
             let mut counters = Counters::default();
-            let mut peer = *L::peer(peers);
-            while !peer.is_null() {
+            let mut at = L::peer(peers);
+            while !(*at).is_null() {
+                if counters.number >= most {
+                    // More than there is room for: a ring, which is worse than a short list.
+                    *at = core::ptr::null_mut();
+                    break;
+                }
+                let peer = *at;
                 counters.add(*L::Peer::weight(peer) as usize, *L::Peer::down(peer) != 0);
-                peer = *L::Peer::next(peer);
+                at = L::Peer::next(peer);
             }
             counters
         };
         let backups = *L::next(primaries);
         let mut behind = 0;
         if !backups.is_null() {
-            let counters = count(backups);
-            behind = counters.number;
-            counters.store(backups, false);
+            if both {
+                count(backups).store(backups, false);
+            }
+            behind = *L::number(backups) as usize;
         }
         let counters = count(primaries);
         counters.store(primaries, counters.single(behind));
@@ -429,13 +477,15 @@ impl<L: PeersAbi> Edit<L> {
     ///
     /// The caller holds the list's write lock, and nothing has changed since the edit was
     /// prepared.
-    unsafe fn carry_out(&mut self, single: bool) {
+    unsafe fn carry_out(&mut self, single: bool, journal: &impl Journal) {
         // SAFETY: under the write lock no other process reads or writes links, attributes,
         // counters or reference counts of this list; all pointers were found in it or are new.
         unsafe {
             for (at, peer) in &self.links {
-                **at = *peer;
+                at.write_volatile(*peer);
+                journal.step(Linked);
             }
+            journal.step(AllLinked);
             for (peer, attributes) in &self.attributes {
                 // What failures have taken from the weight, they have taken still.
                 let whole = *L::Peer::effective_weight(*peer) >= *L::Peer::weight(*peer);
@@ -445,13 +495,17 @@ impl<L: PeersAbi> Edit<L> {
                     *L::Peer::effective_weight(*peer) = weight;
                 }
             }
+            journal.step(ChangedStep);
+            // After they are out of the list: the last request of a marked one frees it.
             for removed in &mut self.removed {
                 if *L::Peer::refs(removed.peer) > 0 {
                     L::Peer::set_zombie(removed.peer);
                     removed.held = true;
                 }
             }
+            journal.step(Marked);
             self.counters.store(self.peers, single);
+            journal.step(Counted);
         }
     }
 

@@ -38,6 +38,7 @@ pub struct Builder {
     binary: Option<PathBuf>,
     name: String,
     module: bool,
+    failpoints: bool,
     single_process: bool,
     workers: usize,
     main: Vec<String>,
@@ -54,6 +55,7 @@ impl Nginx {
             binary: None,
             name: "nginx".into(),
             module: true,
+            failpoints: false,
             single_process: false,
             workers: 1,
             main: Vec::new(),
@@ -91,6 +93,11 @@ impl Nginx {
         self.titled(|title| title == "worker process is shutting down")
     }
 
+    /// All its processes but the master, however far they are.
+    pub fn children(&self) -> Vec<u32> {
+        processes::children(self.pid())
+    }
+
     fn titled(&self, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
         let titled = |pid: &u32| {
             processes::command_line(*pid)
@@ -119,6 +126,18 @@ impl Nginx {
     /// `nginx -t` on the configuration as it is written.
     pub fn config_test(&self) -> ConfigTest {
         self.builder.run_config_test("nginx.conf")
+    }
+
+    /// Arms a failpoint of the module: see `src/failpoint.rs`.
+    pub fn arm(&self, name: &str) {
+        let directory = self.builder.prefix().join("failpoints");
+        fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+        self.dir().write(directory.join(name), "");
+    }
+
+    /// Whether it is armed still.
+    pub fn is_armed(&self, name: &str) -> bool {
+        self.builder.prefix().join("failpoints").join(name).exists()
     }
 
     // ---- life and death
@@ -331,6 +350,13 @@ impl Builder {
         self
     }
 
+    /// The module with failpoints in place of the usual one.
+    #[must_use]
+    pub fn with_failpoints(mut self) -> Builder {
+        self.failpoints = true;
+        self
+    }
+
     /// Another nginx than [`paths::nginx`].
     #[must_use]
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Builder {
@@ -447,7 +473,7 @@ impl Builder {
             link(&self.log_path(), &prefix.join("error.log"))
         };
         prepared().map_err(|e| format!("{}: {e}", prefix.display()))?;
-        match paths::module() {
+        match if self.failpoints { paths::failpoints() } else { paths::module() } {
             Ok(module) => link(&module, &modules.join(paths::MODULE_NAME))
                 .map_err(|e| format!("{}: {e}", modules.display())),
             Err(error) if self.module => Err(error),

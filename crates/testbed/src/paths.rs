@@ -10,6 +10,9 @@ use std::time::SystemTime;
 /// The file that the build makes of the module.
 pub const MODULE_FILE: &str = "libngx_http_consul_upstream_module.so";
 
+/// The file that it makes of the module with failpoints.
+pub const FAILPOINTS_FILE: &str = "libngx_http_consul_upstream_failpoints.so";
+
 /// The name under which packages and configurations know the module.
 pub const MODULE_NAME: &str = "ngx_http_consul_upstream_module.so";
 
@@ -42,14 +45,24 @@ fn profile_dir() -> PathBuf {
 
 /// The module: `MODULE_SO`, else this build's.
 pub fn module() -> Result<PathBuf, String> {
-    if let Some(path) = from_env("MODULE_SO")? {
+    built(MODULE_FILE, "MODULE_SO")
+}
+
+/// The module with failpoints: `FAILPOINTS_SO`, else this build's.
+pub fn failpoints() -> Result<PathBuf, String> {
+    built(FAILPOINTS_FILE, "FAILPOINTS_SO")
+}
+
+fn built(file: &str, variable: &str) -> Result<PathBuf, String> {
+    if let Some(path) = from_env(variable)? {
         return Ok(path);
     }
-    let path = profile_dir().join(MODULE_FILE);
+    let path = profile_dir().join(file);
     if path.exists() {
         Ok(path)
     } else {
-        Err(format!("there is no module at {}: run `make build`, or set MODULE_SO", path.display()))
+        let path = path.display();
+        Err(format!("there is no module at {path}: run `make test`, or set {variable}"))
     }
 }
 

@@ -11,7 +11,7 @@ pub(crate) struct Upstream {
     pub(crate) pool: Box<ngx_slab_pool_t>,
     pub(crate) config: Box<usize>,
     pub(crate) primaries: Box<Peers>,
-    backups: Option<Box<Peers>>,
+    pub(crate) backups: Option<Box<Peers>>,
     // Boxed: they are linked to each other.
     #[allow(clippy::vec_box)]
     statics: Vec<Box<Peer>>,
@@ -101,6 +101,11 @@ impl Upstream {
         if let Some(backups) = &self.backups {
             assert_eq!(self.ours(backups, self.list.statics.backups), of(true));
         }
+        self.check_numbers();
+    }
+
+    /// Checks what nginx counts along against what is in the lists.
+    pub(crate) fn check_numbers(&self) {
         let backups = self.backups.as_ref().map_or(0, |list| Self::peers(list).len());
         for (list, backups) in
             [(Some(&self.primaries), backups), (self.backups.as_ref(), usize::MAX)]
@@ -297,7 +302,7 @@ fn a_full_zone_keeps_the_old_set_whatever_allocation_fails() {
     assert_eq!(doubles::live(), 0);
 }
 
-fn sets() -> impl Strategy<Value = Vec<Vec<Spec>>> {
+pub(crate) fn sets() -> impl Strategy<Value = Vec<Vec<Spec>>> {
     let one = (0..8u8, 1..10u16, 1..4u32, any::<(bool, bool)>()).prop_map(
         |(id, port, weight, (backup, down))| {
             let mut spec = Spec { backup, ..spec(&id.to_string(), port) };
