@@ -23,6 +23,7 @@ use nginx_sys::{
 use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
 
 use crate::conf::finish::server_conf;
+use crate::failpoint;
 
 const OK: ngx_int_t = NGX_OK as ngx_int_t;
 const DONE: ngx_int_t = NGX_DONE as ngx_int_t;
@@ -69,6 +70,10 @@ pub unsafe extern "C" fn init_peer(
             return ERROR;
         }
         let request_upstream = (*request).upstream;
+        if failpoint::is_off("retry") {
+            let pc = &raw mut (*request_upstream).peer;
+            return init_inner(pc, request, upstream).1;
+        }
         let limit = (*(*request_upstream).conf).next_upstream_tries;
         let pc = &raw mut (*request_upstream).peer;
         let (config, rc) = init_inner(pc, request, upstream);
@@ -198,6 +203,8 @@ impl Balancer {
     ///
     /// `pc` is the request's.
     unsafe fn get(&mut self, pc: *mut ngx_peer_connection_t) -> ngx_int_t {
+        // SAFETY: the caller's promise.
+        self.attempts.comes_back(unsafe { (*pc).tries });
         let mut skips = 0;
         loop {
             let Some(inner) = self.inner.get else { return ERROR };
@@ -247,8 +254,8 @@ impl Balancer {
             if let Some(inner) = self.inner.free {
                 inner(pc, self.inner.data, state);
             }
-            let failed = state & NGX_PEER_FAILED as ngx_uint_t != 0;
-            if failed {
+            // By whichever of its names: the request has no answer yet that it keeps.
+            if state & (NGX_PEER_FAILED | NGX_PEER_NEXT) as ngx_uint_t != 0 {
                 let list = list_of(self.upstream);
                 let backups = (*list).next;
                 let backups = if backups.is_null() { 0 } else { (*backups).number };
@@ -257,6 +264,7 @@ impl Balancer {
                     (*pc).tries = 1;
                 }
             }
+            self.attempts.goes((*pc).tries);
         }
     }
 }

@@ -53,7 +53,7 @@ const NO_RETRY: &str = "proxy_next_upstream off;";
 const RETRY: &str = "proxy_next_upstream error timeout; error_log error.log crit;";
 
 /// The methods of 1.28.
-const METHODS: [&str; 7] = [
+pub const METHODS: [&str; 7] = [
     "",
     "least_conn;",
     "ip_hash;",

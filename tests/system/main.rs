@@ -18,6 +18,7 @@ mod health;
 mod lifecycle;
 mod names;
 mod reload;
+mod retries;
 mod secure;
 mod state;
 mod truth;

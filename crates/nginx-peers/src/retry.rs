@@ -40,13 +40,30 @@ pub struct Attempts {
     /// Peers given to the request so far.
     given: usize,
     restarts: u32,
+    /// The tries that were left when the last peer was given back.
+    left: Option<usize>,
     tried: [Option<Address>; REMEMBERED],
+    /// Where the next address is remembered.
+    next: usize,
 }
 
 impl Attempts {
     /// A request that begins, with the limit of `proxy_next_upstream_tries`.
     pub fn new(limit: usize) -> Self {
-        Self { limit, given: 0, restarts: 0, tried: [None; REMEMBERED] }
+        Self { limit, given: 0, restarts: 0, left: None, tried: [None; REMEMBERED], next: 0 }
+    }
+
+    /// The request has given a peer back, and has so many tries left.
+    pub fn goes(&mut self, tries: usize) {
+        self.left = Some(tries);
+    }
+
+    /// It asks for another one. nginx returns the try of a cached connection that was closed under
+    /// it, and that is no attempt to count either.
+    pub fn comes_back(&mut self, tries: usize) {
+        if self.left.take().is_some_and(|left| tries > left) {
+            self.given = self.given.saturating_sub(1);
+        }
     }
 
     /// Whether a request that was told "busy" may begin anew, and counts it.
@@ -83,9 +100,10 @@ impl Attempts {
 
     /// A peer was given to the request.
     pub fn given(&mut self, address: &[u8]) {
-        if let Some(slot) = self.tried.get_mut(self.given % REMEMBERED) {
+        if let Some(slot) = self.tried.get_mut(self.next) {
             *slot = Some(Address::new(address));
         }
+        self.next = (self.next + 1) % REMEMBERED;
         self.given = self.given.saturating_add(1);
     }
 
@@ -125,6 +143,22 @@ mod tests {
         attempts.given(b"b");
         attempts.given(b"c");
         assert_eq!(attempts.tries(5), 1, "never none: a try is under way");
+    }
+
+    #[test]
+    fn a_cached_connection_that_was_closed_is_no_attempt() {
+        let mut attempts = Attempts::new(2);
+        attempts.comes_back(2);
+        attempts.given(b"a");
+        attempts.goes(1);
+        attempts.comes_back(2);
+        assert!(attempts.restart(true));
+        assert_eq!(attempts.tries(5), 2);
+        attempts.given(b"b");
+        assert!(attempts.was_tried(b"a"), "it is remembered all the same");
+        attempts.goes(1);
+        attempts.comes_back(1);
+        assert_eq!(attempts.tries(5), 1, "one that failed is one");
     }
 
     #[test]
