@@ -17,6 +17,7 @@ mod crash;
 mod health;
 mod lifecycle;
 mod names;
+mod protocols;
 mod reload;
 mod retries;
 mod secure;
