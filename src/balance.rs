@@ -11,6 +11,7 @@
 
 use core::ffi::c_void;
 use core::{ptr, slice};
+use std::time::Instant;
 
 use nginx_peers::retry::Attempts;
 use nginx_sys::{
@@ -104,8 +105,18 @@ unsafe fn init_inner(
         // Round robin writes to what `data` points to as if it were its own.
         (*pc).data = ptr::null_mut();
         (*pc).notify = None;
-        let init = server_conf(upstream).and_then(|conf| (*conf).init_peer);
-        (config, init.map_or(ERROR, |init| init(request, upstream)))
+        let Some(conf) = server_conf(upstream) else { return (config, ERROR) };
+        let Some(init) = (*conf).init_peer else { return (config, ERROR) };
+        // The first request after a change is the one that its preparations are made for.
+        let begin = ((*conf).seen != config).then(Instant::now);
+        let rc = init(request, upstream);
+        if let Some(begin) = begin {
+            (*conf).seen = config;
+            if let Some(cost) = (*conf).cost {
+                cost.add(begin.elapsed());
+            }
+        }
+        (config, rc)
     }
 }
 

@@ -26,6 +26,7 @@ pub use self::source::Source;
 use crate::carry::Heir;
 use crate::guard::guard;
 use crate::log;
+use crate::process::Cost;
 
 mod argument;
 mod filter;
@@ -113,6 +114,9 @@ pub struct ServerConf {
     placeholder: Option<*mut sockaddr>,
     /// What the balancer made of `peer.init`; [`crate::balance`] wraps it.
     pub init_peer: ngx_http_upstream_init_peer_pt,
+    /// The change of its list that this process has seen last, and where it notes what that took it.
+    pub seen: ngx_uint_t,
+    pub cost: Option<&'static Cost>,
     /// What the upstream takes over at a reload; [`crate::carry`] does.
     pub heir: Option<Heir>,
 }

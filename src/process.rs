@@ -23,15 +23,18 @@ use nginx_sys::{
 use ngx::http::HttpModuleMainConf;
 
 use self::apply::Applier;
+pub use self::cost::Cost;
 pub use self::plan::source_of;
 use self::shared::Shared;
 pub use self::shared::add as add_zone;
 use crate::conf::MainConf;
+use crate::conf::finish::server_conf;
 use crate::guard::guard;
 use crate::{ConsulUpstream, failpoint, log};
 
 mod apply;
 mod assembly;
+mod cost;
 mod gate;
 mod handoff;
 mod journal;
@@ -158,7 +161,13 @@ unsafe fn start(cycle: *mut ngx_cycle_t) {
         if main.upstreams.is_empty() {
             return;
         }
-        Shared::of(main).enter(ngx_worker);
+        let shared = Shared::of(main);
+        shared.enter(ngx_worker);
+        for (number, upstream) in main.upstreams.iter().enumerate() {
+            if let Some(conf) = server_conf(upstream.nginx) {
+                (*conf).cost = Some(shared.cost(number));
+            }
+        }
         if ngx_worker != 0 {
             gate::wait(main);
             return;

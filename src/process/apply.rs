@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use nginx_peers::list::Refused;
 use nginx_peers::{Change, Changed, List};
 use nginx_sys::{
-    NGX_LOG_CRIT, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_OK, ngx_close_connection, ngx_connection_t,
-    ngx_cycle, ngx_event_t, ngx_get_connection, ngx_handle_read_event,
-    ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
+    NGX_LOG_CRIT, NGX_LOG_ERR, NGX_LOG_INFO, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK,
+    ngx_close_connection, ngx_connection_t, ngx_cycle, ngx_event_t, ngx_get_connection,
+    ngx_handle_read_event, ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
 };
 
+use super::cost::Cost;
 use super::handoff::{Handoff, Note, Update};
 use super::journal;
 use super::plan::Plan;
@@ -63,9 +64,14 @@ struct Upstream {
     answered: bool,
     /// It has servers from before its first answer.
     restored: bool,
-    /// A set that was refused, until it fits or another one comes.
+    /// A set that was refused or came too early, until it is applied or another one comes.
     pending: Option<Update>,
     complained: Option<Instant>,
+    cost: &'static Cost,
+    /// Until then no change is made.
+    rests: Option<Instant>,
+    /// It was said that changes cost much here.
+    warned: bool,
 }
 
 impl Applier {
@@ -85,7 +91,7 @@ impl Applier {
                 .upstreams
                 .iter()
                 .enumerate()
-                .map(|(number, conf)| Upstream::new(conf, journal::Note::new(shared, number)))
+                .map(|(number, conf)| Upstream::new(conf, shared, number))
                 .collect();
             let event = || Box::new(core::mem::zeroed::<ngx_event_t>());
             (upstreams, event(), event())
@@ -222,10 +228,15 @@ impl Applier {
     }
 
     fn schedule_retry(&mut self) {
-        let pending = self.upstreams.iter().any(|upstream| upstream.pending.is_some());
-        if pending && self.retry.timer_set() == 0 {
+        let pending = self.upstreams.iter().filter(|upstream| upstream.pending.is_some());
+        let next = pending.map(|upstream| upstream.rest().unwrap_or(RETRY)).min();
+        if let Some(next) = next
+            && self.retry.timer_set() == 0
+        {
+            // Rounded up: the rest of a millisecond would be a busy loop.
+            let ms = next.as_millis() as ngx_msec_t + 1;
             // SAFETY: the event is in a box, and removed before that goes.
-            unsafe { nginx_sys::ngx_add_timer(&mut *self.retry, RETRY.as_millis() as ngx_msec_t) };
+            unsafe { nginx_sys::ngx_add_timer(&mut *self.retry, ms) };
         }
     }
 }
@@ -293,7 +304,7 @@ impl Upstream {
     /// # Safety
     ///
     /// As [`Applier::start`].
-    unsafe fn new(conf: &conf::Upstream, journal: journal::Note) -> Self {
+    unsafe fn new(conf: &conf::Upstream, shared: &'static Shared, number: usize) -> Self {
         // SAFETY: the caller's promise.
         let list = unsafe {
             let primaries: *mut ngx_http_upstream_rr_peers_t = (*conf.nginx).peer.data.cast();
@@ -305,11 +316,14 @@ impl Upstream {
             name: conf.name.clone(),
             zone: conf.zone.clone(),
             list,
-            journal,
+            journal: journal::Note::new(shared, number),
             answered: false,
             restored: false,
             pending: None,
             complained: None,
+            cost: shared.cost(number),
+            rests: None,
+            warned: false,
         }
     }
 
@@ -340,9 +354,18 @@ impl Upstream {
     fn apply(&mut self, update: Update) {
         let first = update.complete && !self.answered;
         self.answered |= update.complete;
+        // Whatever waited is older.
+        self.pending = None;
+        if self.rest().is_some() {
+            self.pending = Some(update);
+            return;
+        }
         match self.list.apply_noting(&update.specs, &self.journal) {
             Ok(change) => {
                 self.complained = None;
+                if !change.is_empty() {
+                    self.weigh(&change, update.specs.len());
+                }
                 if first || !change.is_empty() {
                     let (name, serve) = (&self.name, update.specs.len());
                     let Update { registered, index, .. } = update;
@@ -363,6 +386,37 @@ impl Upstream {
                 }
                 self.pending = Some(update);
             }
+        }
+    }
+
+    /// How long the next change has to wait.
+    fn rest(&self) -> Option<Duration> {
+        let left = self.rests?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// After a change: says what it cost, and what the ones before it have cost the workers.
+    fn weigh(&mut self, change: &Change, peers: usize) {
+        let name = &self.name;
+        let locked = change.locked.as_nanos();
+        log::cycle(
+            NGX_LOG_INFO,
+            format_args!("consul: upstream \"{name}\": the list was locked for {locked}ns"),
+        );
+        let cost = self.cost.get();
+        self.rests = cost.rest().map(|rest| Instant::now() + rest);
+        if cost.is_unwise() && !self.warned {
+            self.warned = true;
+            let ms = cost.time.as_millis();
+            log::cycle(
+                NGX_LOG_WARN,
+                format_args!(
+                    "consul: upstream \"{name}\": each change stops every worker for {ms}ms, \
+                     which its method takes to prepare its choice among {peers} servers; changes \
+                     are gathered; smaller weights make \"hash ... consistent\" faster, and \
+                     \"random two\" or \"least_conn\" prepare nothing"
+                ),
+            );
         }
     }
 

@@ -1,13 +1,14 @@
 //! What the workers of one generation share: a zone of our own.
 
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
 use nginx_sys::{
     NGX_ERROR, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pagesize, ngx_shared_memory_add, ngx_shm_zone_t,
     ngx_slab_calloc, ngx_slab_pool_t, ngx_str_t,
 };
 
+use super::cost::Cost;
 use crate::conf::MainConf;
 use crate::ngx_http_consul_upstream_module;
 
@@ -25,24 +26,29 @@ pub struct Shared {
     workers: [AtomicI32; PROCESSES],
     /// The edit under way; see [`super::journal`].
     pub edit: AtomicU64,
+    /// For each upstream, behind this structure.
+    costs: AtomicPtr<Cost>,
 }
 
-/// Adds the zone to the configuration.
+/// Adds the zone to the configuration, with room for so many upstreams.
 ///
 /// # Safety
 ///
 /// `cf` is the context of the http block.
-pub unsafe fn add(cf: *mut ngx_conf_t) -> Option<*mut ngx_shm_zone_t> {
+pub unsafe fn add(cf: *mut ngx_conf_t, upstreams: usize) -> Option<*mut ngx_shm_zone_t> {
     // SAFETY: the name is static; nginx copies the rest. The tag is the module, as usual.
     unsafe {
         let mut name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
-        let size = 8 * ngx_pagesize;
+        // nginx's own tables, and what is here.
+        let size = 8 * ngx_pagesize + costs(upstreams).next_multiple_of(ngx_pagesize);
         let tag = ptr::addr_of_mut!(ngx_http_consul_upstream_module).cast();
         let zone = ngx_shared_memory_add(cf, &mut name, size, tag);
         if zone.is_null() {
             return None;
         }
         (*zone).init = Some(init);
+        // Until then: how much room for them there is.
+        (*zone).data = ptr::without_provenance_mut(costs(upstreams));
         // Every generation of workers has one of its own.
         (*zone).noreuse = 1;
         Some(zone)
@@ -56,16 +62,29 @@ unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, _old: *mut core::ffi::c_voi
     // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate.
     unsafe {
         let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
-        let shared = ngx_slab_calloc(pool, size_of::<Shared>());
-        if shared.is_null() {
+        let shared: *mut Shared = ngx_slab_calloc(pool, size_of::<Shared>()).cast();
+        let costs = ngx_slab_calloc(pool, (*zone).data.addr());
+        if shared.is_null() || costs.is_null() {
             return NGX_ERROR as ngx_int_t;
         }
-        (*zone).data = shared;
+        (*shared).costs.store(costs.cast(), Ordering::Relaxed);
+        (*zone).data = shared.cast();
         NGX_OK as ngx_int_t
     }
 }
 
+/// How many bytes the costs of so many upstreams take.
+fn costs(upstreams: usize) -> usize {
+    upstreams.max(1) * size_of::<Cost>()
+}
+
 impl Shared {
+    /// What changes of an upstream cost; it is one of those that the zone was made for.
+    pub fn cost(&self, upstream: usize) -> &Cost {
+        // SAFETY: `init` has made them, for all upstreams of the configuration.
+        unsafe { &*self.costs.load(Ordering::Relaxed).add(upstream) }
+    }
+
     /// That of a configuration in use.
     ///
     /// # Safety

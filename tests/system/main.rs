@@ -21,6 +21,7 @@ mod protocols;
 mod reload;
 mod retries;
 mod secure;
+mod size;
 mod state;
 mod truth;
 mod zone;

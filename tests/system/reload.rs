@@ -1,17 +1,16 @@
 //! A reload takes over what serves, with or without Consul, and leaves nothing behind.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use testbed::{Backend, Dir, Load, Net, Nginx, Options, eventually, http};
 
 use crate::common::{
     Instance, PATIENCE, RawConn, Serve, Stage, asking, every_worker_serves, follower, followers,
     full, met, passed_to, scaled, serves, steady,
 };
-use crate::fake_consul::{FakeConsul, entry};
+use crate::fake_consul::FakeConsul;
+use crate::size::crowd;
 
 /// Nothing is stored: what serves after a reload without Consul can only have been taken over.
 const STORES_NOTHING: &str = "consul_state_path off;";
@@ -182,20 +181,6 @@ fn a_zone_that_became_too_small_has_what_fits() {
     nginx.reload();
     eventually(PATIENCE, "all serve", || passed_to(addr, 400).len() == 200);
     assert_eq!(nginx.log_count("servers are taken over; \"zone web "), 1, "not again with {size}");
-}
-
-/// One backend that answers on all addresses of the machine, and so many instances of it.
-fn crowd(number: u32) -> (Backend, Vec<Value>) {
-    let backend = Backend::bind(([0, 0, 0, 0], 0).into(), "crowd").unwrap();
-    let port = backend.addr().port();
-    let first = u32::from(Ipv4Addr::new(127, 200, 0, 1));
-    let entries = (0..number)
-        .map(|n| {
-            let addr = SocketAddr::from((Ipv4Addr::from(first + n), port));
-            entry(&format!("web-{n:05}"), addr)
-        })
-        .collect();
-    (backend, entries)
 }
 
 /// An instance that has failed is left alone for its `fail_timeout`, whatever is reloaded.

@@ -47,6 +47,8 @@ macro_rules! peer_fields {
             next: *mut Self;
             /// A TLS session, in the zone.
             ssl_session: *mut core::ffi::c_void;
+            /// Its length.
+            ssl_session_len: core::ffi::c_int;
         }
     };
 }

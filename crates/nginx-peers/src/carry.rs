@@ -258,7 +258,7 @@ impl<L: PeersAbi> List<L> {
             // The need is that of the rest, beside what is in.
             let mut specs: Vec<&Spec> = carried.iter().map(|one| &one.spec).collect();
             specs.sort_by_key(|spec| spec.backup);
-            Err((taken, zone::full::<L::Peer>(pool, specs.into_iter().skip(taken))))
+            Err((taken, zone::full::<L::Peer>(pool, specs.into_iter().skip(taken), 0)))
         }
     }
 }

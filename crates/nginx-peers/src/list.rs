@@ -199,8 +199,11 @@ impl<L: PeersAbi> List<L> {
             });
             let Some((mut primary_edit, mut backup_edit)) = prepared else {
                 // What had room for itself is freed by now: the need is that of all.
-                let fresh = [Some(&primary), backup.as_ref()].into_iter().flatten();
-                let full = zone::full::<L::Peer>(pool, fresh.flat_map(Side::additions));
+                let sides = || [Some(&primary), backup.as_ref()].into_iter().flatten();
+                let fresh = || sides().flat_map(Side::additions);
+                let peers = sides().flat_map(|side| side.pointers.iter().copied());
+                let sessions = zone::sessions(peers, fresh().count());
+                let full = zone::full::<L::Peer>(pool, fresh(), sessions);
                 return Err(full.into());
             };
             let single = primary_edit

@@ -319,7 +319,38 @@ unsafe fn read_address(at: *mut sockaddr) -> Option<SocketAddr> {
     }
 }
 
-/// The error for a zone that has no room for `specs` beside what is in it.
+/// What the allocator takes for so many bytes: a power of two, or whole pages.
+fn slot(len: usize, page: usize) -> usize {
+    if len > page / 2 { len.next_multiple_of(page) } else { len.next_power_of_two().max(8) }
+}
+
+/// How many bytes the TLS sessions will take that peers of a list and `more` new ones do not have
+/// yet, where those that are there have any.
+///
+/// # Safety
+///
+/// The peers are live.
+pub(crate) unsafe fn sessions<P: PeerAbi>(
+    peers: impl IntoIterator<Item = *mut P>,
+    more: usize,
+) -> usize {
+    let (mut without, mut longest) = (more, 0);
+    for peer in peers {
+        // SAFETY: the caller's promise; other processes write the two words, an estimate reads them.
+        let (session, len) = unsafe {
+            (P::ssl_session(peer).read_volatile(), P::ssl_session_len(peer).read_volatile())
+        };
+        if session.is_null() {
+            without += 1;
+        } else {
+            longest = longest.max(usize::try_from(len).unwrap_or(0));
+        }
+    }
+    // SAFETY: nginx writes the word once, before all.
+    if longest > 0 { without * slot(longest, unsafe { ngx_pagesize }) } else { 0 }
+}
+
+/// The error for a zone that has no room for `specs`, and so many bytes, beside what is in it.
 ///
 /// # Safety
 ///
@@ -327,6 +358,7 @@ unsafe fn read_address(at: *mut sockaddr) -> Option<SocketAddr> {
 pub(crate) unsafe fn full<'a, P: PeerAbi>(
     pool: *mut ngx_slab_pool_t,
     specs: impl Iterator<Item = &'a Spec>,
+    more: usize,
 ) -> Full {
     // SAFETY: the bounds never change; `pfree` is read without the mutex, as an estimate may.
     let (size, used, page) = unsafe {
@@ -335,9 +367,9 @@ pub(crate) unsafe fn full<'a, P: PeerAbi>(
         let pages = ((*pool).end.addr() - (*pool).start.addr()) / page;
         (size, pages.saturating_sub((*pool).pfree), page)
     };
-    // The allocator gives slots of powers of two, each size in pages of its own.
-    let mut bytes = 0;
-    let slot = |len: usize| len.next_power_of_two().max(8);
+    // Each size in pages of its own.
+    let mut bytes = more;
+    let slot = |len| slot(len, page);
     for spec in specs {
         bytes += slot(size_of::<P>())
             + slot(size_of::<ngx_sockaddr_t>())

@@ -1,0 +1,186 @@
+//! Many peers, and many changes.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use testbed::http::Conn;
+use testbed::{Backend, Dir, Load, Net, Nginx, Options};
+
+use crate::common::{PATIENCE, asking, full, scaled};
+use crate::fake_consul::{FakeConsul, entry};
+
+/// One backend that answers on all addresses of the machine, and so many instances of it.
+pub fn crowd(number: u32) -> (Backend, Vec<Value>) {
+    let backend = Backend::bind(([0, 0, 0, 0], 0).into(), "crowd").unwrap();
+    let port = backend.addr().port();
+    let first = u32::from(Ipv4Addr::new(127, 200, 0, 1));
+    let entries = (0..number)
+        .map(|n| {
+            let addr = SocketAddr::from((Ipv4Addr::from(first + n), port));
+            entry(&format!("web-{n:05}"), addr)
+        })
+        .collect();
+    (backend, entries)
+}
+
+/// For how long the list was locked by each change, in nanoseconds, in order of size.
+fn locked(nginx: &Nginx) -> Vec<u64> {
+    let log = nginx.log();
+    let lines = log.lines().filter_map(|line| line.split_once("the list was locked for "));
+    let mut all: Vec<u64> =
+        lines.map(|(_, time)| time.trim_end_matches("ns").parse().unwrap()).collect();
+    all.sort_unstable();
+    all
+}
+
+/// One change among very many peers is a few stores: what is searched and freed is so outside.
+#[test]
+fn the_list_is_locked_for_microseconds() {
+    let (net, dir) = (Net::isolated(), Dir::new("size_lock"));
+    let fake = FakeConsul::start(&net);
+    let peers = if full() { 10_000 } else { 3_000 };
+    let (_backend, entries) = crowd(peers);
+    fake.know(100, &entries);
+    let nginx = asking(&net, &dir, &fake.url())
+        .workers(2)
+        .http("upstream web { zone web 32m; random two; consul_upstream web; keepalive 16; }")
+        .server("web")
+        .start();
+    let load = Load::start(nginx.addr(), &Options::default().pause(Duration::from_millis(1)));
+    let changes = scaled(40, 300);
+    for n in 0..changes {
+        // In turn one at any place goes, and comes back.
+        let out = (n / 2 * 7919 + 13) % entries.len();
+        let index = 101 + n as u64;
+        if n % 2 == 0 {
+            let left: Vec<Value> = entries
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| *i != out)
+                .map(|(_, it)| it.clone())
+                .collect();
+            fake.know(index, &left);
+        } else {
+            fake.know(index, &entries);
+        }
+        nginx.wait_log(&format!("instances serve, index {index}"), 1, PATIENCE);
+    }
+    let report = load.stop();
+    report.assert_nothing_lost();
+    // The first one was the whole set.
+    let all = locked(&nginx);
+    assert_eq!(all.len(), changes + 1);
+    let (median, p99) = (all[all.len() / 2], all[(all.len() - 1) * 99 / 100]);
+    println!(
+        "{changes} changes of one among {peers}: locked {median} ns at the median, {p99} at p99"
+    );
+    assert!(median <= 10_000, "{all:?}");
+    assert!(!full() || p99 <= 10_000, "{all:?}");
+}
+
+/// A method that prepares much for each change is told so, and its changes are gathered: the workers
+/// go on serving in between.
+#[test]
+fn a_large_ring_is_warned_of_and_its_changes_are_gathered() {
+    let (net, dir) = (Net::isolated(), Dir::new("size_ring"));
+    let fake = FakeConsul::start(&net);
+    let (_backend, mut entries) = crowd(600);
+    // As if somebody weighed in percent.
+    for entry in &mut entries {
+        entry["Service"]["Weights"]["Passing"] = 10.into();
+    }
+    fake.know(100, &entries);
+    let nginx = asking(&net, &dir, &fake.url())
+        .workers(2)
+        .http("upstream web { zone web 4m; hash $arg_key consistent; consul_upstream web; }")
+        .http("upstream other { zone other 4m; random; consul_upstream web; }")
+        .server("web")
+        .server("other")
+        .start();
+    let [ring, other] = nginx.addrs() else { panic!("two servers") };
+    let mut conns = [ring, other].map(|addr| Conn::open(*addr).unwrap());
+    let begin = Instant::now();
+    let (mut index, mut longest) = (100, Duration::ZERO);
+    while begin.elapsed() < Duration::from_secs(4) {
+        index += 1;
+        fake.know(index, &entries[index as usize % 2..]);
+        for conn in &mut conns {
+            let asked = Instant::now();
+            assert_eq!(conn.get("/?key=1").unwrap().status, 200);
+            longest = longest.max(asked.elapsed());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    // The last one comes, too.
+    index += 1;
+    fake.know(index, &entries[..500]);
+    nginx.wait_log(&format!("500 of 500 instances serve, index {index}"), 2, PATIENCE);
+    let changes =
+        |name: &str| nginx.log_count(&format!("upstream \"{name}\": the list was locked"));
+    let (ring, other) = (changes("web"), changes("other"));
+    println!(
+        "{ring} changes of the ring, {other} of the other; the longest answer took {longest:?}"
+    );
+    assert!(ring * 3 < other, "{ring} and {other} changes");
+    let warnings = nginx.wait_log("each change stops every worker for ", 1, PATIENCE);
+    assert!(warnings.len() == 1 && warnings[0].contains("[warn]"), "{warnings:?}");
+    assert!(
+        warnings[0].contains("upstream \"web\"") && warnings[0].contains("hash ... consistent")
+    );
+}
+
+/// A set that waits for room does not come after a later one.
+#[test]
+fn an_older_set_never_comes_after_a_later_one() {
+    let (net, dir) = (Net::isolated(), Dir::new("size_order"));
+    let fake = FakeConsul::start(&net);
+    let (_backend, entries) = crowd(200);
+    fake.know(100, &entries[..2]);
+    let nginx = asking(&net, &dir, &fake.url())
+        .http("upstream web { zone shared 64k; consul_upstream web hold=0; }")
+        .http("upstream other { zone shared; consul_upstream web hold=0 tag=none; server 127.0.0.1:1; }")
+        .server("web")
+        .start();
+    fake.know(101, &entries);
+    nginx.wait_log("zone \"shared\" of 64k is full", 1, PATIENCE);
+    fake.know(102, &entries[..1]);
+    nginx.wait_log("1 of 1 instances serve, index 102", 1, PATIENCE);
+    // Were the earlier one kept, it would be tried again by now, and complained of or applied.
+    fake.know(103, &entries[..3]);
+    nginx.wait_log("3 of 3 instances serve, index 103", 1, PATIENCE);
+    thread::sleep(Duration::from_millis(2500));
+    assert_eq!(nginx.log_count("index 101"), 0);
+    assert_eq!(nginx.log_count("is full"), 1);
+    assert_eq!(crate::common::passed_to(nginx.addr(), 12).len(), 3);
+}
+
+/// What comes and goes leaves nothing in the zone: at the end there is as much room as at the start.
+#[test]
+fn many_changes_leave_nothing_in_the_zone() {
+    let (net, dir) = (Net::isolated(), Dir::new("size_leak"));
+    let fake = FakeConsul::start(&net);
+    // Half of the zone: were a peer in a hundred lost, it would be full before the end.
+    let (_backend, entries) = crowd(60);
+    fake.know(100, &entries);
+    let nginx = asking(&net, &dir, &fake.url())
+        .workers(2)
+        .http("upstream web { zone web 192k; consul_upstream web; }")
+        .server("web")
+        .start();
+    let load = Load::start(nginx.addr(), &Options::default().pause(Duration::from_millis(2)));
+    let changes = scaled(200, 4_000) as u64;
+    for n in 0..changes {
+        let index = 101 + n;
+        // All thirty go, and thirty others come: 30 × 4,000 are more than 100,000.
+        let from = (n as usize % 2) * 30;
+        fake.know(index, &entries[from..from + 30]);
+        nginx.wait_log(&format!("of 30 instances serve, index {index}"), 1, PATIENCE);
+    }
+    let last = 101 + changes;
+    fake.know(last, &entries);
+    nginx.wait_log(&format!("60 of 60 instances serve, index {last}"), 1, PATIENCE);
+    load.stop().assert_nothing_lost();
+    assert_eq!(nginx.log_count("is full"), 0);
+}
