@@ -102,9 +102,13 @@ impl Shared {
         }
     }
 
-    /// It ends.
+    /// It ends. Where the first one does, its generation is over; should the master start another one
+    /// on the same zones, as it does when an upgrade is taken back, that has to ask Consul first.
     pub fn leave(&self) {
         let own = own_pid();
+        if self.is_worker(0, own) {
+            self.open.store(false, Ordering::Release);
+        }
         for worker in &self.workers {
             // Whoever has its place by now keeps it.
             let _ = worker.compare_exchange(own, 0, Ordering::Relaxed, Ordering::Relaxed);

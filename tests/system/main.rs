@@ -24,4 +24,5 @@ mod secure;
 mod size;
 mod state;
 mod truth;
+mod upgrade;
 mod zone;

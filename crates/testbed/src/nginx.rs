@@ -15,6 +15,10 @@ use crate::dir::{read_lossy, tail};
 use crate::eventually::within;
 use crate::{Dir, Net, Process, eventually, paths, processes};
 
+pub use self::daemon::Daemon;
+
+mod daemon;
+
 /// How long a start, a reload and an end may take. Far more than they do: on a machine that is
 /// busy with other tests all of them are slow.
 const PATIENCE: Duration = Duration::from_secs(20);

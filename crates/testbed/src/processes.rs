@@ -9,6 +9,12 @@ pub(crate) fn children(pid: u32) -> Vec<u32> {
     all().filter(|&child| Stat::of(child).is_some_and(|stat| stat.parent == pid)).collect()
 }
 
+/// The processes of a group that are alive, in order.
+pub(crate) fn members(group: u32) -> Vec<u32> {
+    let is_member = |stat: Stat| stat.group == group && !stat.ended;
+    all().filter(|&pid| Stat::of(pid).is_some_and(is_member)).collect()
+}
+
 /// Whether a process of the group is alive. One that has ended counts as gone even where nobody
 /// asks for its status: orphans do not vanish in a container whose first process is no init.
 pub(crate) fn group_lives(group: u32) -> bool {
