@@ -1,16 +1,22 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test check build bench fuzz mutants coverage consul clean
+.PHONY: help demo test test-full test-nginx check build bench fuzz mutants coverage consul clean
 
 help: ## these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
 
 test: ## unit tests, whole-system tests, the demo, benchmarks and fuzz targets in short; T=NAME: only the tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
+
+test-full: ## the same, with the whole-system tests at the size of their bars: an hour
+	@TEST_FULL=1 $(MAKE) --no-print-directory test
+
+test-nginx: ## the whole-system tests on each nginx of scripts/test-nginx; N=NAME: on one of them; T=NAME: tests with NAME in their name
+	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/test-nginx $(N)
 
 check: ## format, lints, and the licences and sources of the dependencies
 	@scripts/setup && scripts/check
