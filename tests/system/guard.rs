@@ -88,7 +88,7 @@ fn twenty_that_are_gone_at_once_are_held_for_half_a_minute() {
     nginx.wait_log("Consul still says so after 30s", 1, honoured);
     assert!(begin.elapsed() >= HOLD, "held for {:?}", begin.elapsed());
     serves(careful, &["new"]);
-    loads.map(|load| load.stop().assert_nothing_lost());
+    loads.into_iter().for_each(|load| load.stop().assert_nothing_lost());
 }
 
 #[test]
