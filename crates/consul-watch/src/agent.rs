@@ -205,7 +205,8 @@ impl Secret {
         }
     }
 
-    pub(crate) fn as_str(&self) -> &str {
+    /// The token itself, for a header and nothing else.
+    pub fn as_str(&self) -> &str {
         &self.0
     }
 }

@@ -12,16 +12,16 @@ use crate::tls::{Tls, last_cause, provide};
 
 /// Whatever is needed for a request now.
 #[derive(Debug)]
-pub(crate) struct Ready {
+pub struct Ready {
     /// The token to send.
-    pub(crate) token: Option<Secret>,
+    pub token: Option<Secret>,
     /// For each address, in order: an HTTP client, and the base of its URLs.
-    pub(crate) http: Vec<(reqwest::Client, Url)>,
+    pub http: Vec<(reqwest::Client, Url)>,
 }
 
 /// The credentials of a client.
 #[derive(Debug)]
-pub(crate) struct Credentials {
+pub struct Credentials {
     agents: Agents,
     resolver: Resolver,
     now: Mutex<Now>,
@@ -45,7 +45,7 @@ struct Trouble {
 
 /// What a look at the files brought.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Look {
+pub enum Look {
     /// All is as it was.
     Same,
     /// There are new credentials.
@@ -55,7 +55,8 @@ pub(crate) enum Look {
 }
 
 impl Credentials {
-    pub(crate) fn new(agents: Agents) -> Result<Self, Error> {
+    /// Makes the HTTP clients. To be called within a tokio runtime.
+    pub fn new(agents: Agents) -> Result<Self, Error> {
         let (token, tls) = (agents.token.clone(), agents.tls.clone());
         let resolver = Resolver::system();
         let ready = ready(&agents, &resolver, token.as_ref(), &tls).map_err(Error::Settings)?;
@@ -64,12 +65,12 @@ impl Credentials {
     }
 
     /// What to use for a request.
-    pub(crate) fn ready(&self) -> Arc<Ready> {
+    pub fn ready(&self) -> Arc<Ready> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner).ready.clone()
     }
 
     /// Whether there is anything to look at.
-    pub(crate) fn has_files(&self) -> bool {
+    pub fn has_files(&self) -> bool {
         let Tls { trusted, identity, .. } = &self.agents.tls;
         let tls = trusted.is_some() || identity.is_some();
         matches!(self.agents.token, Some(Token::File(_)))
@@ -77,7 +78,7 @@ impl Credentials {
     }
 
     /// Looks whether a file has changed.
-    pub(crate) fn look(&self) -> Look {
+    pub fn look(&self) -> Look {
         let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
         match self.reread(&now) {
             Ok(None) => Look::Same,

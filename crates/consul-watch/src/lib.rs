@@ -22,7 +22,7 @@ mod about;
 pub mod agent;
 pub mod backoff;
 pub mod client;
-mod credentials;
+pub mod credentials;
 pub mod error;
 pub mod file;
 pub mod health;

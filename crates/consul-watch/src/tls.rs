@@ -144,7 +144,7 @@ pub(crate) fn provide() {
 }
 
 /// What reqwest says of itself is about the request; what a person needs is the last cause.
-pub(crate) fn last_cause(err: &reqwest::Error) -> String {
+pub fn last_cause(err: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = err;
     while let Some(source) = cause.source() {
         cause = source;
