@@ -147,6 +147,14 @@ impl Container {
         !matches!(self.state, State::Ended(_))
     }
 
+    /// The code of its last end; 0 while it runs.
+    pub fn exit_code(&self) -> i64 {
+        match self.state {
+            State::Running | State::Paused => 0,
+            State::Ended(code) => code,
+        }
+    }
+
     /// The container whose network it shares.
     pub fn network_of(&self) -> Option<&str> {
         self.network_mode.strip_prefix("container:")

@@ -10,7 +10,7 @@ use consul_watch::backoff::Backoff;
 use consul_watch::error::Retry;
 use tokio::time::Instant;
 
-use crate::container::{Container, State};
+use crate::container::Container;
 use crate::instance::{Desired, Settings};
 
 const SIGKILL: i32 = 9;
@@ -190,34 +190,38 @@ impl Fleet {
         Some(Inspection { container: id.to_owned(), ticket: member.ticket })
     }
 
-    /// The answer to an inspection. What was overtaken by an event changes nothing.
-    pub fn inspected(&mut self, inspection: &Inspection, found: Found, now: Instant) {
+    /// The answer to an inspection, and whether anything is otherwise now. What was overtaken by an
+    /// event changes nothing.
+    pub fn inspected(&mut self, inspection: &Inspection, found: Found, now: Instant) -> bool {
         let id = &inspection.container;
-        let Some(member) = self.members.get_mut(id) else { return };
+        let Some(member) = self.members.get_mut(id) else { return false };
         if member.ticket != inspection.ticket {
-            return;
+            return false;
         }
         member.inspecting = false;
         match found {
-            Found::Container(container) => match container.state {
-                State::Ended(code) => self.ended(id, code),
-                State::Running | State::Paused => {
-                    member.backoff.reset();
-                    member.failed = None;
-                    if let Some(drain) = &mut member.drain {
-                        let started = drain.started.get_or_insert(container.started.clone());
-                        if *started != container.started {
-                            member.drain = None;
-                        }
+            Found::Container(container) if container.is_running() => {
+                member.backoff.reset();
+                if let Some(drain) = &mut member.drain {
+                    let started = drain.started.get_or_insert(container.started.clone());
+                    if *started != container.started {
+                        member.drain = None;
                     }
-                    member.container = Some(*container);
                 }
-            },
-            Found::Nothing => {
-                self.members.remove(id);
+                let same = member.container.as_ref() == Some(&*container);
+                member.container = Some(*container);
+                member.failed.take().is_some() || !same
             }
+            Found::Container(container) => {
+                let failed = member.failed;
+                let code = container.exit_code();
+                self.ended(id, code);
+                failed != Some(code)
+            }
+            Found::Nothing => self.members.remove(id).is_some(),
             Found::Failed => {
                 member.retry = Some(now + member.backoff.next(Retry::BackOff));
+                false
             }
         }
     }

@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{Parser, ValueEnum};
 use consul_watch::agent::{Address, Agents, Secret, Token};
 use consul_watch::error::printable;
 use consul_watch::file::Loaded;
@@ -164,20 +164,15 @@ fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Gives the long options with one dash their second one.
+/// Gives options of more than one letter their second dash. A value such as `-1` stays as it is.
 fn two_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let command = Options::command();
-    let is_long = |name: &str| {
-        let own = command.get_arguments().any(|arg| arg.get_long() == Some(name));
-        own || ["help", "version"].contains(&name)
-    };
     let mut only_values = false;
     let args = args.into_iter().map(|arg| {
         let Some(text) = arg.to_str() else { return arg };
         only_values = only_values || text == "--";
-        let name = text.strip_prefix('-').filter(|name| !only_values && name.len() > 1);
-        match name.and_then(|name| name.split('=').next()) {
-            Some(name) if is_long(name) => format!("-{text}").into(),
+        let name = text.strip_prefix('-').filter(|_| !only_values);
+        match name.map(str::as_bytes) {
+            Some([first, _, ..]) if first.is_ascii_alphabetic() => format!("-{text}").into(),
             _ => arg,
         }
     });
@@ -361,7 +356,8 @@ mod tests {
         assert!(config(&["-explicit=T", URI]).unwrap().settings.explicit);
         assert_eq!(config(&["-retry-attempts=0", URI]).unwrap().retry_attempts, Some(0));
         assert!(read(&["-internal=maybe", URI]).is_err());
-        assert!(read(&["-nonsense", URI]).is_err());
+        let error = read(&["-nonsense", URI]).unwrap_err().to_string();
+        assert!(error.contains("'--nonsense'"), "{error}");
         assert!(read(&[]).is_err());
         assert!(read(&["-deregister", "never", URI]).is_err());
     }

@@ -289,8 +289,9 @@ impl Registrar {
                     }
                     Found::Failed
                 });
-                self.fleet.inspected(&inspection, found, now);
-                self.changed();
+                if self.fleet.inspected(&inspection, found, now) {
+                    self.changed();
+                }
             }
             News::HostAddress(address) => {
                 if let Some(address) = address

@@ -9,8 +9,11 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use serde_json::Value;
+
+use crate::eventually;
 
 /// Where the engine listens, for whoever has to be in between.
 pub const SOCKET: &str = "/var/run/docker.sock";
@@ -35,6 +38,9 @@ files="/bin/sh /bin/sleep"
 libraries=$(ldd /bin/sh /bin/sleep | grep -o '/[^ :]*' | grep -v '^/bin/' | sort -u)
 tar -chf - $files $libraries 2>/dev/null | docker import -c "LABEL $1" -c 'ENV PATH=/bin' - "$2"
 "#;
+
+/// How long a container may take from its start until its first process does something.
+const READY: Duration = Duration::from_secs(20);
 
 /// The engine, and an image to make containers of. All tests of a process share it.
 pub struct Docker {
@@ -103,9 +109,12 @@ impl Docker {
         self.run_script(name, args, SLEEPS)
     }
 
-    /// The same with a script of its own.
+    /// The same with a script of its own, which has to say `ready` once its traps are set: a signal
+    /// before that is lost on the first process of a container.
     pub fn run_script(&self, name: &str, args: &[&str], script: &str) -> Container {
-        self.run_image(name, args, &self.image, script)
+        let container = self.run_image(name, args, &self.image, script);
+        eventually(READY, &format!("{name} is ready"), || container.docker(&["logs"]) == "ready");
+        container
     }
 
     pub fn run_image(&self, name: &str, args: &[&str], image: &str, script: &str) -> Container {
@@ -134,7 +143,7 @@ impl Docker {
 }
 
 /// Ends on SIGTERM at once. A shell that waits for `sleep` would let a signal wait for it, too.
-const SLEEPS: &str = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
+const SLEEPS: &str = "trap 'exit 0' TERM; echo ready; while :; do sleep 1000 & wait $!; done";
 
 impl Container {
     pub fn name(&self) -> &str {

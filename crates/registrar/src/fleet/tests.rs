@@ -1,5 +1,5 @@
 use super::*;
-use crate::container::Port;
+use crate::container::{Port, State};
 
 const TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -68,6 +68,21 @@ async fn what_failed_is_asked_again() {
     assert!(fleet.due(Instant::now()).is_empty(), "once");
     fleet.inspected(&again[0], found(running("a")), Instant::now());
     assert_eq!((desired(&fleet), fleet.next_due()), (1, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_without_news_is_none() {
+    let mut fleet = one(true);
+    let mut answer = |answer| {
+        let inspection = event(&mut fleet, Kind::Change).unwrap();
+        fleet.inspected(&inspection, answer, Instant::now())
+    };
+    let ended = |code| found(Container { state: State::Ended(code), ..running("a") });
+    assert!(!answer(found(running("a"))));
+    assert!(answer(found(Container { name: "b".into(), ..running("a") })));
+    assert!(!answer(Found::Failed));
+    assert!(answer(ended(3)) && !answer(ended(3)) && answer(ended(4)));
+    assert!(answer(found(running("a"))) && answer(Found::Nothing));
 }
 
 #[tokio::test(start_paused = true)]

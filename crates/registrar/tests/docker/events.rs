@@ -10,7 +10,7 @@ use crate::bed::{Bed, PUBLISHED, SOON, id};
 
 /// Ends a second after SIGTERM, or after SIGUSR1.
 const LINGERS: &str =
-    "trap 'sleep 1; exit 0' TERM USR1; trap : HUP USR2; while :; do sleep 0.02; done";
+    "trap 'sleep 1; exit 0' TERM USR1; trap : HUP USR2; echo ready; while :; do sleep 0.02; done";
 
 /// The whole grace time is gained: nothing is sent to a container that is about to end.
 #[test]
@@ -81,7 +81,7 @@ fn a_violent_end() {
     let Some(bed) = Bed::new("violent_end") else { return };
     let _registrar = bed.registrar(&[]);
     let killed = bed.labelled(&[]);
-    let crashes = "while ! [ -e /end ]; do sleep 0.5; done; exit 139";
+    let crashes = "echo ready; while ! [ -e /end ]; do sleep 0.5; done; exit 139";
     let crashed = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, crashes);
     let removed = bed.labelled(&[]);
     let ids = [&killed, &crashed, &removed].map(|container| id(container, 80));
@@ -223,7 +223,7 @@ fn an_operators_maintenance() {
     let mut registrar = bed.registrar(&["--drain-timeout", "1"]);
     let health = ["--health-cmd=[ -e /well ]", "--health-interval=300ms", "--health-retries=1"];
     let args: Vec<&str> = PUBLISHED.into_iter().chain(health).collect();
-    let script = "trap : TERM; while :; do sleep 0.05; done";
+    let script = "trap : TERM; echo ready; while :; do sleep 0.05; done";
     let web = bed.docker.run_script(&bed.docker.name("web"), &args, script);
     let id = id(&web, 80);
     bed.registered(&id);

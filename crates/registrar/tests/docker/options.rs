@@ -97,7 +97,7 @@ fn deregister_on_success() {
     let Some(bed) = Bed::new("on_success") else { return };
     let mut registrar = bed.registrar(&["-deregister", "on-success"]);
     let ends = |code: i32| {
-        let script = format!("while ! [ -e /end ]; do sleep 0.5; done; exit {code}");
+        let script = format!("echo ready; while ! [ -e /end ]; do sleep 0.5; done; exit {code}");
         let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, &script);
         bed.registered(&id(&web, 80));
         web.exec(": >/end");
@@ -127,7 +127,7 @@ fn deregister_on_success() {
 fn deregister_always() {
     let Some(bed) = Bed::new("deregister_always") else { return };
     let _registrar = bed.registrar(&["-deregister", "always"]);
-    let script = "while ! [ -e /end ]; do sleep 0.5; done; exit 3";
+    let script = "echo ready; while ! [ -e /end ]; do sleep 0.5; done; exit 3";
     let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, script);
     bed.registered(&id(&web, 80));
     web.exec(": >/end");
@@ -204,7 +204,7 @@ fn health_off() {
 }
 
 /// A container that goes on after SIGTERM.
-const STUBBORN: &str = "trap : TERM; while :; do sleep 0.1; done";
+const STUBBORN: &str = "trap : TERM; echo ready; while :; do sleep 0.1; done";
 
 #[test]
 fn drain_by_deregistration() {

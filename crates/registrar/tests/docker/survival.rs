@@ -7,7 +7,7 @@ use testbed::{Signal, eventually};
 
 use crate::bed::{Bed, PUBLISHED, SOON, id};
 
-const STUBBORN: &str = "trap : TERM; while :; do sleep 0.05; done";
+const STUBBORN: &str = "trap : TERM; echo ready; while :; do sleep 0.05; done";
 
 #[test]
 fn a_crash() {
