@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::container::Health;
 use crate::fleet::Draining;
 use crate::instance::{Instance, docker_check, service_check};
-use crate::registration::{CONTAINER, HASH, OWNER, Registration};
+use crate::registration::{CONTAINER, OWNER, Registration};
 
 /// How the reasons of our own maintenance begin. What begins otherwise is an operator's.
 pub const OURS: &str = "registrar:";
@@ -217,10 +217,10 @@ fn towards(
     steps
 }
 
-/// Whether the agent has just this. What its checks do, the hash says.
+/// Whether the agent has just this. What its checks do, the hash says; what somebody has added to
+/// `Meta` does no harm.
 fn is_same(wanted: &Registration, service: &Service, actual: &Actual) -> bool {
-    service.meta.get(HASH).map(String::as_str) == Some(wanted.hash())
-        && service.meta == wanted.meta
+    wanted.meta.iter().all(|(key, value)| service.meta.get(key) == Some(value))
         && service.name == wanted.name
         && service.address == wanted.address
         && service.port == wanted.port

@@ -13,6 +13,9 @@ use tokio::time::Instant;
 use crate::container::Container;
 use crate::instance::{Desired, Settings};
 
+/// How long the first convergence waits for containers that do not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 
@@ -70,10 +73,16 @@ pub struct Fleet {
     rules: Rules,
     members: BTreeMap<String, Member>,
     tickets: u64,
-    /// A list was taken in.
-    listed: bool,
-    /// Each container of the first list was asked for.
-    complete: bool,
+    /// What is waited for before anything is decided.
+    first: First,
+}
+
+/// The containers of the first list, until each was asked for.
+#[derive(Debug)]
+enum First {
+    NoList,
+    Awaits { containers: BTreeSet<String>, until: Instant },
+    Complete,
 }
 
 #[derive(Debug, Default)]
@@ -82,7 +91,8 @@ struct Member {
     container: Option<Container>,
     /// The newest inspection.
     ticket: u64,
-    inspecting: bool,
+    /// An inspection has brought something, be it an error.
+    answered: bool,
     retry: Option<Instant>,
     backoff: Backoff,
     drain: Option<Drain>,
@@ -111,12 +121,15 @@ pub enum Draining {
 
 impl Fleet {
     pub fn new(rules: Rules) -> Self {
-        Self { rules, members: BTreeMap::new(), tickets: 0, listed: false, complete: false }
+        Self { rules, members: BTreeMap::new(), tickets: 0, first: First::NoList }
     }
 
     /// The engine's list: all that is in it, or is known and no longer in it, has to be inspected.
-    pub fn listed(&mut self, ids: Vec<String>) -> Vec<Inspection> {
-        self.listed = true;
+    pub fn listed(&mut self, ids: Vec<String>, now: Instant) -> Vec<Inspection> {
+        if let First::NoList = self.first {
+            let containers = ids.iter().cloned().collect();
+            self.first = First::Awaits { containers, until: now + PATIENCE };
+        }
         for id in ids {
             self.members.entry(id).or_default();
         }
@@ -124,12 +137,16 @@ impl Fleet {
         all.into_iter().filter_map(|id| self.inspect(&id)).collect()
     }
 
-    /// Whether what is not here is not there: a list was taken in, and each container of it was
-    /// asked for.
-    pub fn is_complete(&mut self) -> bool {
-        let settled = || self.listed && self.members.values().all(|member| !member.inspecting);
-        self.complete = self.complete || settled();
-        self.complete
+    /// Whether what is not here is not there: a list was taken in, and each container of it has
+    /// answered, or has not for long. Those are unknown, and keep what they have.
+    pub fn is_complete(&mut self, now: Instant) -> bool {
+        if let First::Awaits { containers, until } = &mut self.first {
+            containers.retain(|id| self.members.get(id).is_some_and(|member| !member.answered));
+            if containers.is_empty() || *until <= now {
+                self.first = First::Complete;
+            }
+        }
+        matches!(self.first, First::Complete)
     }
 
     pub fn event(&mut self, event: &Event, now: Instant) -> Option<Inspection> {
@@ -178,14 +195,18 @@ impl Fleet {
         let member = self.members.entry(id.to_owned()).or_default();
         // An inspection from before may be under way.
         self.tickets += 1;
-        *member = Member { ticket: self.tickets, failed: Some(code), ..Member::default() };
+        *member = Member {
+            ticket: self.tickets,
+            answered: true,
+            failed: Some(code),
+            ..Member::default()
+        };
     }
 
     fn inspect(&mut self, id: &str) -> Option<Inspection> {
         let member = self.members.get_mut(id)?;
         self.tickets += 1;
         member.ticket = self.tickets;
-        member.inspecting = true;
         member.retry = None;
         Some(Inspection { container: id.to_owned(), ticket: member.ticket })
     }
@@ -198,7 +219,7 @@ impl Fleet {
         if member.ticket != inspection.ticket {
             return false;
         }
-        member.inspecting = false;
+        member.answered = true;
         match found {
             Found::Container(container) if container.is_running() => {
                 member.backoff.reset();
@@ -229,7 +250,11 @@ impl Fleet {
     /// When [`Fleet::due`] has something to do.
     pub fn next_due(&self) -> Option<Instant> {
         let drains = |m: &Member| m.drain.as_ref().filter(|d| !d.over).map(|d| d.until);
-        self.members.values().flat_map(|m| [m.retry, drains(m)]).flatten().min()
+        let first = match &self.first {
+            First::Awaits { until, .. } => Some(*until),
+            First::NoList | First::Complete => None,
+        };
+        self.members.values().flat_map(|m| [m.retry, drains(m)]).chain([first]).flatten().min()
     }
 
     /// Ends the drains that have lasted too long; the inspections that are to be made again.

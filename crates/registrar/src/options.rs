@@ -30,7 +30,7 @@ pub struct Options {
     uri: String,
 
     /// Register the container's address and the exposed port, in place of the host's and the published one
-    #[arg(long, value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", hide_possible_values = true)]
+    #[arg(long, value_name = "BOOL", value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", hide_default_value = true)]
     internal: bool,
 
     /// The host's address
@@ -47,7 +47,7 @@ pub struct Options {
     ip_from_label: String,
 
     /// Register only what has a SERVICE_NAME
-    #[arg(long, value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", hide_default_value = true)]
     explicit: bool,
 
     /// Tags that all instances get, with commas between them
@@ -59,7 +59,7 @@ pub struct Options {
     resync: u64,
 
     /// Also remove what gliderlabs/registrator left, under the IDs of this host
-    #[arg(long, value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", hide_default_value = true)]
     cleanup: bool,
 
     /// What to do when a container ends: on-success keeps those that failed, in maintenance
@@ -107,7 +107,7 @@ pub struct Options {
     drain_timeout: u64,
 
     /// Let SERVICE_CHECK_SCRIPT make the agent run commands
-    #[arg(long, value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", value_parser = boolean, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", hide_default_value = true)]
     allow_script_checks: bool,
 }
 

@@ -412,7 +412,7 @@ impl Registrar {
         match list {
             Ok(ids) => {
                 self.list_backoff.reset();
-                for inspection in self.fleet.listed(ids) {
+                for inspection in self.fleet.listed(ids, now) {
                     self.inspect(inspection);
                 }
                 self.changed();
@@ -476,8 +476,9 @@ impl Registrar {
     /// Starts to converge, if that is due and possible.
     fn converge(&mut self) {
         let now = Instant::now();
+        let complete = self.fleet.is_complete(now);
         let waits = self.converging || self.not_before.is_some_and(|at| at > now);
-        if !self.due || waits || !self.resolved || !self.fleet.is_complete() {
+        if !self.due || waits || !self.resolved || !complete {
             return;
         }
         (self.due, self.converging, self.not_before) = (false, true, None);

@@ -27,10 +27,10 @@ fn found(container: Container) -> Found {
 /// A fleet with one running container.
 fn one(keep_failed: bool) -> Fleet {
     let mut fleet = fleet(keep_failed);
-    for inspection in fleet.listed(vec!["a".into()]) {
+    for inspection in fleet.listed(vec!["a".into()], Instant::now()) {
         fleet.inspected(&inspection, found(running("a")), Instant::now());
     }
-    assert!(fleet.is_complete());
+    assert!(fleet.is_complete(Instant::now()));
     fleet
 }
 
@@ -45,20 +45,44 @@ fn desired(fleet: &Fleet) -> usize {
 #[tokio::test(start_paused = true)]
 async fn it_is_complete_when_all_of_a_list_were_asked_for() {
     let mut fleet = fleet(false);
-    assert!(!fleet.is_complete());
-    let inspections = fleet.listed(vec!["a".into(), "b".into()]);
+    assert!(!fleet.is_complete(Instant::now()));
+    let inspections = fleet.listed(vec!["a".into(), "b".into()], Instant::now());
     fleet.inspected(&inspections[0], found(running("a")), Instant::now());
-    assert!(!fleet.is_complete());
+    assert!(!fleet.is_complete(Instant::now()));
     fleet.inspected(&inspections[1], Found::Failed, Instant::now());
-    assert!(fleet.is_complete(), "one that hangs does not hold up the others");
+    let again = fleet.due(fleet.next_due().unwrap());
+    assert_eq!(again.len(), 1, "it is asked once more, which changes nothing about that");
+    fleet.event(&Event { container: "c".into(), kind: Kind::Change }, Instant::now());
+    assert!(fleet.is_complete(Instant::now()));
+    fleet.event(&Event { container: "c".into(), kind: Kind::Destroy }, Instant::now());
     assert_eq!(fleet.unknown().into_iter().collect::<Vec<_>>(), ["b"]);
     assert_eq!(desired(&fleet), 1);
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_that_hangs_does_not_hold_up_the_others() {
+    let mut fleet = fleet(false);
+    fleet.listed(vec!["a".into()], Instant::now());
+    assert_eq!(fleet.next_due(), Some(Instant::now() + PATIENCE));
+    tokio::time::advance(PATIENCE - Duration::from_millis(1)).await;
+    assert!(!fleet.is_complete(Instant::now()));
+    tokio::time::advance(Duration::from_millis(1)).await;
+    assert!(fleet.is_complete(Instant::now()));
+    assert_eq!((fleet.unknown().len(), fleet.next_due()), (1, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_ends_meanwhile_is_not_waited_for() {
+    let mut fleet = fleet(false);
+    fleet.listed(vec!["a".into()], Instant::now());
+    event(&mut fleet, Kind::Die(0));
+    assert!(fleet.is_complete(Instant::now()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_failed_is_asked_again() {
     let mut fleet = fleet(false);
-    let inspections = fleet.listed(vec!["a".into()]);
+    let inspections = fleet.listed(vec!["a".into()], Instant::now());
     fleet.inspected(&inspections[0], Found::Failed, Instant::now());
     let due = fleet.next_due().unwrap();
     assert!(due <= Instant::now() + Duration::from_millis(250));
@@ -67,6 +91,7 @@ async fn what_failed_is_asked_again() {
     assert_eq!(again.len(), 1);
     assert!(fleet.due(Instant::now()).is_empty(), "once");
     fleet.inspected(&again[0], found(running("a")), Instant::now());
+    assert!(fleet.is_complete(Instant::now()));
     assert_eq!((desired(&fleet), fleet.next_due()), (1, None));
 }
 
@@ -116,13 +141,13 @@ async fn an_answer_that_an_event_has_overtaken_does_not_count() {
 #[tokio::test(start_paused = true)]
 async fn what_a_list_lacks_is_asked_for() {
     let mut fleet = one(false);
-    let inspections = fleet.listed(vec![]);
+    let inspections = fleet.listed(vec![], Instant::now());
     assert_eq!((inspections.len(), desired(&fleet)), (1, 1), "the list alone removes nothing");
     fleet.inspected(&inspections[0], Found::Nothing, Instant::now());
     assert_eq!(desired(&fleet), 0);
 
     let mut fleet = one(false);
-    let inspections = fleet.listed(vec![]);
+    let inspections = fleet.listed(vec![], Instant::now());
     let ended = Container { state: State::Ended(0), ..running("a") };
     fleet.inspected(&inspections[0], found(ended), Instant::now());
     assert_eq!(fleet.members.len(), 0);
@@ -152,7 +177,7 @@ async fn which_signals_drain() {
     for (signal, drains) in [(9, true), (15, true), (3, true), (1, false), (10, false), (28, false)]
     {
         let mut fleet = fleet(false);
-        let inspections = fleet.listed(vec!["a".into()]);
+        let inspections = fleet.listed(vec!["a".into()], Instant::now());
         let container = Container { stop_signal: 3, ..running("a") };
         fleet.inspected(&inspections[0], found(container), Instant::now());
         event(&mut fleet, Kind::Kill(Some(signal)));
