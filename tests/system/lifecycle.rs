@@ -10,7 +10,7 @@ use testbed::http::{self, Conn};
 use testbed::{Backend, Dir, Load, Net, Nginx, Signal, eventually, paths};
 
 use crate::common::{
-    Instance, PATIENCE, Serve, Stage, asking, connections, every_worker_serves, follower,
+    Instance, PATIENCE, Serve, Stage, asking, changes, connections, every_worker_serves, follower,
     followers, met, serves, serves_now, steady, v4, web,
 };
 use crate::fake_consul::{FakeConsul, entry};
@@ -333,7 +333,7 @@ fn one_process_alone_starts_reloads_and_stops() {
                 .server_on(addr, "api")
         });
         nginx.reload_without_waiting();
-        nginx.wait_log("upstream \"api\": +", n, PATIENCE);
+        eventually(PATIENCE, "an answer for the new thread", || changes(&nginx, "api").len() == n);
         assert_eq!(nginx.threads(nginx.pid()), ["nginx", "consul"]);
     }
     stage.consul.deregister("api-1");

@@ -306,20 +306,20 @@ fn a_full_zone_keeps_the_old_set_whatever_allocation_fails() {
 fn the_size_named_counts_sessions() {
     let mut up = Upstream::new(NONE, false);
     up.list.apply(&[spec("a", 1), spec("b", 2)]).unwrap();
-    let peers = Upstream::peers(&up.primaries);
+    let first = Upstream::peers(&up.primaries)[0];
     let mut session = [0u8; 3000];
     let mut needed = |len: i32| {
         // SAFETY: a live peer; the session is taken back before anybody frees it.
         unsafe {
-            (*peers[0]).ssl_session = session.as_mut_ptr().cast();
-            (*peers[0]).ssl_session_len = len;
+            (*first).ssl_session = session.as_mut_ptr().cast();
+            (*first).ssl_session_len = len;
         }
         doubles::set_budget(0);
         let new = [spec("a", 1), spec("b", 2), spec("c", 3), spec("d", 4)];
         let Refused::Full(full) = up.list.apply(&new).unwrap_err() else { panic!("not full") };
         doubles::set_budget(usize::MAX);
         // SAFETY: as above.
-        unsafe { (*peers[0]).ssl_session = core::ptr::null_mut() };
+        unsafe { (*first).ssl_session = core::ptr::null_mut() };
         full.needed
     };
     // Of the four only the first has one; a session of more than half a page takes whole pages.

@@ -42,14 +42,19 @@ impl Builder {
             shell.args(["-c", DETACH, "sh"]).arg(pid);
             shell.arg(nginx.get_program()).args(nginx.get_args());
             shell.args(["-g", "daemon off;"]).stdout(out).stderr(err);
+            // As if it had inherited sockets, of which there are none: then it is a daemon to itself,
+            // which takes SIGWINCH, without leaving the process group as a daemon does.
+            shell.env("NGINX", "");
             Process::spawn(&mut shell).map_err(|e| format!("start {shell:?}: {e}"))
         };
         let process = started().unwrap_or_else(|error| panic!("{error}"));
         let wanted = self.expected_workers();
-        let daemon = Daemon { builder: self, process };
-        eventually(PATIENCE, "nginx is up", || {
+        let mut daemon = Daemon { builder: self, process };
+        eventually(PATIENCE, "nginx is up, and its starter has gone", || {
             let masters = daemon.masters();
-            masters.len() == 1 && daemon.workers(masters[0]).len() == wanted
+            daemon.process.ended().is_some()
+                && masters.len() == 1
+                && daemon.workers(masters[0]).len() == wanted
         });
         daemon
     }
