@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nginx_peers::list::Refused;
 use nginx_peers::{Change, Changed, List};
 use nginx_sys::{
-    NGX_LOG_CRIT, NGX_LOG_ERR, NGX_LOG_INFO, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK,
+    NGX_LOG_CRIT, NGX_LOG_DEBUG, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK,
     ngx_close_connection, ngx_connection_t, ngx_cycle, ngx_event_t, ngx_get_connection,
     ngx_handle_read_event, ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
 };
@@ -399,8 +399,9 @@ impl Upstream {
     fn weigh(&mut self, change: &Change, peers: usize) {
         let name = &self.name;
         let locked = change.locked.as_nanos();
+        // A change is one line in any log but that of somebody who looks for more.
         log::cycle(
-            NGX_LOG_INFO,
+            NGX_LOG_DEBUG,
             format_args!("consul: upstream \"{name}\": the list was locked for {locked}ns"),
         );
         let cost = self.cost.get();

@@ -295,7 +295,7 @@ pub(crate) unsafe fn recount<L: PeersAbi>(primaries: *mut L, both: bool) {
             if both {
                 count(backups).store(backups, false);
             }
-            behind = *L::number(backups) as usize;
+            behind = *L::number(backups);
         }
         let counters = count(primaries);
         counters.store(primaries, counters.single(behind));
