@@ -667,8 +667,8 @@ fn many_services_take_turns_on_few_connections() {
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
         serves(nginx.addrs()[n], &expected);
     };
-    for n in 0..SERVICES {
-        let name = format!("{}-a", names[n]);
+    for (n, name) in names.iter().enumerate().take(SERVICES) {
+        let name = format!("{name}-a");
         serves_now(nginx.addrs()[n], &[&name]);
     }
 

@@ -368,7 +368,7 @@ fn subrequests_and_names_in_variables() {
         .listen(addr)
         .start();
     stage.churn_while(&addrs, || {
-        let to = |n: u64| if n % 2 == 0 { "/?to=other".into() } else { "/".into() };
+        let to = |n: u64| if n.is_multiple_of(2) { "/?to=other".into() } else { "/".into() };
         let options = Options::default().connections(8).path(to).pause(Duration::from_millis(2));
         let load = Load::start(nginx.addr(), &options);
         load.wait_for(scaled(1_500, 20_000) as u64);

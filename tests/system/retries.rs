@@ -191,7 +191,7 @@ impl Held {
         let ghost: SocketAddr = (self.net.ip(99), 9).into();
         let addrs = self.listeners.iter().map(|it| it.local_addr().unwrap());
         let all: Vec<Value> = addrs
-            .chain((self.index % 2 == 0).then_some(ghost))
+            .chain(self.index.is_multiple_of(2).then_some(ghost))
             .enumerate()
             .map(|(n, addr)| {
                 let mut entry = entry(&format!("web-{n}"), addr);
