@@ -27,8 +27,11 @@ containers=$(docker ps -aq --filter label="$1")
 [ -z "$containers" ] || docker rm -f -v $containers
 networks=$(docker network ls -q --filter label="$1")
 [ -z "$networks" ] || docker network rm $networks
-images=$(docker images -aq --filter label="$1" | sort -u)
-[ -z "$images" ] || docker rmi -f $images
+# An image that others were made of goes only after them.
+for _ in 1 2 3; do
+    images=$(docker images -aq --filter label="$1" | sort -u)
+    [ -z "$images" ] || docker rmi -f $images
+done
 "#;
 
 /// What an image of a shell and `sleep` needs, out of this system: the two and their libraries.
