@@ -1,7 +1,7 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-full test-nginx check build bench fuzz mutants coverage consul clean
+.PHONY: help demo test test-full test-nginx test-stack check build bench fuzz mutants coverage consul clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -17,6 +17,9 @@ test-full: ## the same, with the whole-system tests at the size of their bars: a
 
 test-nginx: ## the whole-system tests on each nginx of scripts/test-nginx; N=NAME: on one of them; T=NAME: tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/test-nginx $(N)
+
+test-stack: ## the images, compose.yaml and the registrar in it; needs Docker; T=NAME: tests with NAME in their name
+	@scripts/setup && scripts/test-stack
 
 check: ## format, lints, and the licences and sources of the dependencies
 	@scripts/setup && scripts/check

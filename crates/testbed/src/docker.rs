@@ -120,10 +120,21 @@ impl Docker {
         container
     }
 
+    /// The same of another image.
     pub fn run_image(&self, name: &str, args: &[&str], image: &str, script: &str) -> Container {
+        self.run_command(name, args, image, &["sh", "-c", script])
+    }
+
+    /// Another image, with its own command.
+    pub fn run_plain(&self, name: &str, args: &[&str], image: &str) -> Container {
+        self.run_command(name, args, image, &[])
+    }
+
+    fn run_command(&self, name: &str, args: &[&str], image: &str, command: &[&str]) -> Container {
         let mut all = vec!["run", "--detach", "--name", name, "--label", &self.label];
         all.extend(args);
-        all.extend([image, "sh", "-c", script]);
+        all.push(image);
+        all.extend(command);
         // Removed with the value even where it does not start.
         let mut container = Container { name: name.to_owned(), id: String::new() };
         container.id = run(&all);
