@@ -35,6 +35,9 @@ const RENAMES: Duration = Duration::from_secs(1);
 /// How long host names that are new are waited for before the others of an answer serve.
 const SETTLE: Duration = Duration::from_millis(200);
 
+/// tokio's clock knows no shorter time.
+const TICK: Duration = Duration::from_millis(1);
+
 /// A question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
@@ -162,18 +165,20 @@ pub async fn follow(
                 if watch.index.is_some() {
                     backoff.reset();
                 }
+                // A shorter one is not worth a timer: what was judged so soon, and fifty times a
+                // second at most, is a hundredth of a core.
                 let rest = pace.next(work);
-                if !rest.is_zero() {
-                    watch.meanwhile(sleep(whole(rest)), names, sink).await;
+                if rest >= TICK {
+                    watch.meanwhile(sleep(rest), names, sink).await;
                 }
             }
         }
     }
 }
 
-/// tokio's clock knows no shorter time than a millisecond.
+/// A time that tokio's clock knows.
 fn whole(rest: Duration) -> Duration {
-    rest.max(Duration::from_millis(1))
+    rest.max(TICK)
 }
 
 /// Waits for something, until a time if there is one.
