@@ -112,11 +112,16 @@ fn stored_servers(nginx: &Nginx) -> usize {
 
 /// A Consul that answers at once whatever it is asked, with the one set and the other in turns.
 fn flap(fake: &FakeConsul, sets: [Vec<Value>; 2]) {
-    let bodies = sets.map(|set| json!(set).to_string());
+    // And none is like one before: at whatever pace one looks, it is news.
+    let bodies = sets.map(|mut set| {
+        set[0]["Service"]["Weights"] = json!({ "Passing": 65_535, "Warning": 1 });
+        json!(set).to_string()
+    });
     let count = AtomicU64::new(1_000);
     fake.script(move |_| {
         let n = count.fetch_add(1, Ordering::Relaxed);
-        let body = bodies[(n % 2) as usize].clone();
+        let weight = (n % 60_000 + 1).to_string();
+        let body = bodies[(n % 2) as usize].replace("65535", &weight);
         Some(Reply::new(200, body).header("X-Consul-Index", &n.to_string()))
     });
 }
