@@ -22,6 +22,9 @@ use crate::zone::{self, Fresh, Full};
 /// The room for the texts of a peer, most times: the name of the service, and the label.
 const TEXT: usize = 96;
 
+/// How often a copy is begun that had too little room; each time it has twice as much for a text.
+const ATTEMPTS: usize = 8;
+
 /// A peer, and what nginx has found out about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Carried {
@@ -90,25 +93,31 @@ pub unsafe fn copy<L: PeersAbi>(
         let pool = *L::shpool(primaries);
         let end = (*pool).end.cast_const();
         let most = (end.addr() - pool.addr()) / size_of::<L::Peer>();
-        let expected = expected.min(most);
-        let mut copied = Copied {
-            peers: touched(expected),
-            texts: touched(expected * TEXT),
-            locked: Duration::ZERO,
-        };
-
         let lock = L::rwlock(primaries);
-        if !try_read_lock(lock, patience) {
-            return None;
+        let mut expected = expected.min(most);
+        let mut text = TEXT;
+        for _ in 0..ATTEMPTS {
+            let mut copied = Copied {
+                peers: touched(expected),
+                texts: touched(expected * text),
+                locked: Duration::ZERO,
+            };
+            if !try_read_lock(lock, patience) {
+                return None;
+            }
+            let begin = Instant::now();
+            let whole = copied.take(primaries, statics.primaries, false, end, most)
+                && (backups.is_null() || copied.take(backups, statics.backups, true, end, most));
+            ngx_rwlock_unlock(lock);
+            copied.locked = begin.elapsed();
+            if whole {
+                return Some(copied);
+            }
+            // It has grown meanwhile, or its texts are long.
+            expected = (2 * expected + 1).min(most);
+            text *= 2;
         }
-        let begin = Instant::now();
-        copied.take(primaries, statics.primaries, false, end, most);
-        if !backups.is_null() {
-            copied.take(backups, statics.backups, true, end, most);
-        }
-        ngx_rwlock_unlock(lock);
-        copied.locked = begin.elapsed();
-        Some(copied)
+        None
     }
 }
 
@@ -129,6 +138,8 @@ impl Copied {
     /// # Safety
     ///
     /// The caller holds the list's lock; `end` is the end of its zone.
+    ///
+    /// `false` where there is no room: no memory is allocated under the lock.
     unsafe fn take<L: PeersAbi>(
         &mut self,
         peers: *mut L,
@@ -136,7 +147,7 @@ impl Copied {
         backup: bool,
         end: *const u8,
         most: usize,
-    ) {
+    ) -> bool {
         // SAFETY: under the lock the links are those of live peers. Their numbers may change
         // meanwhile, one word each; texts never do. What is read behind a text lies in the zone.
         unsafe {
@@ -151,6 +162,10 @@ impl Copied {
                     let label = server.data.wrapping_add(server.len);
                     let label = Label::len_at(label, room.saturating_sub(server.len));
                     let len = server.len + label.unwrap_or(0);
+                    let room = self.texts.capacity() - from;
+                    if room < len || self.peers.len() == self.peers.capacity() {
+                        return false;
+                    }
                     self.texts.extend_from_slice(slice::from_raw_parts(server.data, len));
                     let text = (from, server.len, from + len);
                     self.peers.push(Raw { address, attributes, history, backup, text });
@@ -158,6 +173,7 @@ impl Copied {
                 peer = *L::Peer::next(peer);
                 place += 1;
             }
+            true
         }
     }
 

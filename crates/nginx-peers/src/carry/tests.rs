@@ -122,3 +122,19 @@ fn what_is_no_peer_of_ours_is_left_alone() {
     unsafe { (*second).host = ptr::null_mut() };
     old.list.apply(&[]).unwrap();
 }
+
+/// Long texts take another attempt with more room, and never memory while the list is locked.
+#[test]
+fn nothing_is_allocated_under_the_lock() {
+    let mut old = Upstream::new(NONE, false);
+    endless(&mut old);
+    let all: Vec<Spec> =
+        (10..50).map(|n| spec_of(&format!("{n}-{}", "x".repeat(80)), n, 1)).collect();
+    old.list.apply(&all).unwrap();
+    let copied = copied(&mut old).unwrap();
+    assert_eq!(copied.peers.capacity(), 2 * all.len() + 1, "the second attempt");
+    assert_eq!(copied.texts.capacity(), copied.peers.capacity() * 2 * TEXT);
+    let specs: Vec<_> = copied.peers(|_| true).into_iter().map(|one| one.spec).collect();
+    assert_eq!(specs, all);
+    old.list.apply(&[]).unwrap();
+}
