@@ -150,6 +150,7 @@ fn an_older_set_never_comes_after_a_later_one() {
     // Were the earlier one kept, it would be tried again by now, and complained of or applied.
     fake.know(103, &entries[..3]);
     nginx.wait_log("3 of 3 instances serve, index 103", 1, PATIENCE);
+    // What is pending is tried again each second: two of them are what there is to wait for.
     thread::sleep(Duration::from_millis(2500));
     assert_eq!(nginx.log_count("index 101"), 0);
     assert_eq!(nginx.log_count("is full"), 1);

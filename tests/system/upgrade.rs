@@ -115,7 +115,7 @@ fn an_upgrade_is_taken_back_and_nothing_is_lost() {
     stage.register([&three]);
     stage.consul.deregister("web-1");
     all_serve(&nginx, &nginx.workers(new), &["web-2", "web-3"]);
-    std::thread::sleep(Duration::from_millis(200));
+    eventually(PATIENCE, "its last request is answered", || one.backend.in_flight() == 0);
     one.backend.stop();
 
     nginx.signal(old, Signal::HUP);
