@@ -435,6 +435,27 @@ async fn host_names_are_resolved_and_what_changes_of_them_is_told() {
     assert!(seen.0.windows(2).all(|two| two[0].1 != two[1].1), "nothing is told twice");
 }
 
+/// What was told, in words.
+#[derive(Default)]
+struct Seen {
+    told: Vec<String>,
+    before: Vec<(String, String)>,
+}
+
+impl Sink for Seen {
+    async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
+        self.told.push(format!("{} at {}", snapshot.instances.len(), snapshot.index));
+        None
+    }
+    fn answered(&mut self) {}
+    fn failed(&mut self, error: &Error) {
+        self.told.push(error.to_string());
+    }
+    fn before(&self) -> Vec<(String, String)> {
+        self.before.clone()
+    }
+}
+
 /// A transport that does not vouch for what takes instances away.
 struct Unsure(Script);
 
@@ -470,24 +491,12 @@ async fn what_is_not_vouched_for_takes_nothing_away() {
         .into(),
         ..Default::default()
     };
-    #[derive(Default)]
-    struct Seen(Vec<String>);
-    impl Sink for Seen {
-        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
-            self.0.push(format!("{} at {}", snapshot.instances.len(), snapshot.index));
-            None
-        }
-        fn answered(&mut self) {}
-        fn failed(&mut self, error: &Error) {
-            self.0.push(error.to_string());
-        }
-    }
     let (mut script, mut names, mut seen) = (Unsure(script), no_names(), Seen::default());
     let following = follow(&mut script, &mut names, &mut seen);
     let _ = tokio::time::timeout(Duration::from_secs(600), following).await;
     let denied = |nodes: &str| format!("permission denied: {nodes}");
     assert_eq!(
-        seen.0,
+        seen.told,
         [denied(""), "3 at 6".into(), denied("n2,n3"), "5 at 8".into(), denied("n0,n1,n2,n3,n4")]
     );
     assert!(asks(&script.0.asked)[1..].contains(&Consistent), "asked again by the leader");
@@ -496,33 +505,19 @@ async fn what_is_not_vouched_for_takes_nothing_away() {
 /// What served since before the first answer is taken away by it no more easily than later.
 #[tokio::test(start_paused = true)]
 async fn the_first_answer_is_measured_by_what_served_before() {
-    #[derive(Default)]
-    struct Seen(Vec<String>);
-    impl Sink for Seen {
-        async fn changed(&mut self, snapshot: Arc<Snapshot>) -> Option<Instant> {
-            self.0.push(format!("{} at {}", snapshot.instances.len(), snapshot.index));
-            None
-        }
-        fn answered(&mut self) {}
-        fn failed(&mut self, error: &Error) {
-            self.0.push(error.to_string());
-        }
-        fn before(&self) -> Vec<(String, String)> {
-            [("m", "z"), ("n", "0")].map(|(node, id)| (node.into(), id.into())).into()
-        }
-    }
     let answers = [
         // Both are gone, then one, then none; then most of an answer is nonsense.
         addressed(5, &[]),
         answer(6, &["0"]),
         addressed(7, &["", ""]),
     ];
-    let (mut names, mut seen) = (no_names(), Seen::default());
+    let before = [("m", "z"), ("n", "0")].map(|(node, id)| (node.into(), id.into())).into();
+    let (mut names, mut seen) = (no_names(), Seen { before, ..Seen::default() });
     let mut script = Unsure(Script { answers: answers.into(), ..Default::default() });
     let following = follow(&mut script, &mut names, &mut seen);
     let _ = tokio::time::timeout(Duration::from_secs(600), following).await;
     let unusable = Error::Unusable { unusable: 2, all: 2 }.to_string();
-    assert_eq!(seen.0, ["permission denied: m,n", "permission denied: m", &unusable]);
+    assert_eq!(seen.told, ["permission denied: m,n", "permission denied: m", &unusable]);
 }
 
 #[tokio::test(start_paused = true)]
