@@ -110,18 +110,17 @@ fn stored_servers(nginx: &Nginx) -> usize {
     nginx.log_count("stored servers, until Consul answers")
 }
 
-/// A Consul that answers at once whatever it is asked, with the one set and the other in turns.
-fn flap(fake: &FakeConsul, sets: [Vec<Value>; 2]) {
-    // And none is like one before: at whatever pace one looks, it is news.
-    let bodies = sets.map(|mut set| {
-        set[0]["Service"]["Weights"] = json!({ "Passing": 65_535, "Warning": 1 });
-        json!(set).to_string()
-    });
+/// How many sets a service goes through that [`flap`]s: whoever looks at it every second, or after
+/// some fifty changes, does not meet the same one each time.
+const SETS: u32 = 11;
+
+/// Another set each time that somebody asks.
+fn flap(fake: &FakeConsul, set: impl Fn(u32) -> Vec<Value>) {
+    let bodies: Vec<String> = (0..SETS).map(|n| json!(set(n)).to_string()).collect();
     let count = AtomicU64::new(1_000);
     fake.script(move |_| {
         let n = count.fetch_add(1, Ordering::Relaxed);
-        let weight = (n % 60_000 + 1).to_string();
-        let body = bodies[(n % 2) as usize].replace("65535", &weight);
+        let body = bodies[(n % u64::from(SETS)) as usize].clone();
         Some(Reply::new(200, body).header("X-Consul-Index", &n.to_string()))
     });
 }
@@ -734,7 +733,11 @@ fn it_is_written_once_a_second_while_a_service_flaps() {
     let fake = FakeConsul::start(&net);
     let [one, two] = web(&net);
     let [one, two] = [entry("web-1", one.addr()), entry("web-2", two.addr())];
-    flap(&fake, [vec![one.clone()], vec![one, two]]);
+    flap(&fake, |n| {
+        let mut one = one.clone();
+        one["Service"]["Weights"] = json!({ "Passing": n + 1, "Warning": 1 });
+        if n % 2 == 0 { vec![one] } else { vec![one, two.clone()] }
+    });
     let nginx = asking(&net, &dir, &fake.url()).upstream("web", WEB).start();
     let (file, end) = (kept(&dir).join("web.json"), AtomicBool::new(false));
     let (begin, before) = (Instant::now(), changes(&nginx, "web").len());
@@ -963,14 +966,14 @@ fn two_nginx_that_write_one_file_leave_it_whole() {
             .server("web")
     };
     const MANY: u16 = 1_000;
-    for (fake, first) in fakes.iter().zip([1, 3]) {
-        flap(fake, [crowd(&net, MANY, first), crowd(&net, MANY, first + 1)]);
+    for (fake, first) in fakes.iter().zip([1, 1 + SETS]) {
+        flap(fake, |n| crowd(&net, MANY, first + n));
     }
     let _nginx = [conf("one", &fakes[0]).start(), conf("two", &fakes[1]).start()];
     let mut seen = BTreeSet::new();
     eventually(PATIENCE, "the file has had the sets of both", || {
         if path.join("web.json").exists() {
-            seen.insert((weight(&path, MANY).unwrap() - 1) / 2);
+            seen.insert((weight(&path, MANY).unwrap() - 1) / SETS);
         }
         let writes = written(&path.join("web.json"));
         if seen.len() == 2 { Ok(()) } else { Err(format!("{seen:?}, {writes:?}")) }
