@@ -1225,6 +1225,8 @@ fn every_example_has_a_test() {
         std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("nginx-conf"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            // The rules for Prometheus are tested where its metrics are made.
+            .filter(|name| name.ends_with(".conf"))
             .collect();
     names.sort();
     let tested =
