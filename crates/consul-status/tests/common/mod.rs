@@ -192,19 +192,29 @@ impl Sample {
 
     /// The answer to a request.
     pub fn answer(self, path: &str, args: &str) -> Result<Answer<Table>, Error> {
-        let parts = request::Parts {
-            method: b"GET",
-            path: path.as_bytes(),
-            args: args.as_bytes(),
-            accept: b"",
-        };
+        self.answer_at(path, args, Some(b"/consul"))
+    }
+
+    fn answer_at(
+        self,
+        path: &str,
+        args: &str,
+        prefix: Option<&[u8]>,
+    ) -> Result<Answer<Table>, Error> {
+        let (path, args) = (path.as_bytes(), args.as_bytes());
+        let parts = request::Parts { method: b"GET", path, args, accept: b"" };
         let rows = Table { peers: self.peers, ..Table::default() };
-        Answer::new(self.document, rows, Request::parse(&parts)?, Some(b"/consul"))
+        Answer::new(self.document, rows, Request::parse(&parts)?, prefix)
     }
 
     /// The whole of it.
     pub fn text(self, path: &str, args: &str) -> String {
-        let mut answer = self.answer(path, args).unwrap();
+        self.whole(path, args, Some(b"/consul"))
+    }
+
+    /// The whole of it, in a location with this prefix.
+    pub fn whole(self, path: &str, args: &str, prefix: Option<&[u8]>) -> String {
+        let mut answer = self.answer_at(path, args, prefix).unwrap();
         let (mut all, mut buffer) = (Vec::new(), Vec::new());
         loop {
             let more = answer.fill(&mut buffer);

@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 
-use consul_status::{Answer, Error, Format, Request, request};
+use consul_status::{Answer, Error, Format, Header, Request, request};
 
 use super::{Sample, Table};
 
@@ -72,6 +72,20 @@ fn respond(mut stream: TcpStream, sample: impl FnOnce() -> Sample) -> io::Result
 fn refuse(stream: &mut TcpStream, error: Error) -> io::Result<()> {
     headers(stream, error.status(), Format::Json)?;
     stream.write_all(&error.body())
+}
+
+/// Answers one request with this page, whatever was asked for.
+pub fn reply(mut stream: TcpStream, headers: &[Header], page: &str) -> io::Result<()> {
+    for line in BufReader::new(stream.try_clone()?).lines() {
+        if line?.is_empty() {
+            break;
+        }
+    }
+    write!(stream, "HTTP/1.0 200 -\r\nContent-Type: text/html\r\n")?;
+    for (name, value) in headers {
+        write!(stream, "{name}: {value}\r\n")?;
+    }
+    write!(stream, "\r\n{page}")
 }
 
 fn headers(stream: &mut TcpStream, status: u16, format: Format) -> io::Result<()> {
