@@ -1,19 +1,17 @@
 //! An answer, made piece by piece as the client reads it.
 
 use crate::escape::{Html, Json, Prometheus};
-use crate::html::Page;
+use crate::html::{Page, ROWS};
 use crate::json::Tree;
 use crate::model::{Document, Rows};
 use crate::out::Out;
-use crate::prometheus::Metrics;
+use crate::prometheus::{BOUND, Metrics};
 use crate::request::{Error, Format, Peers, Request};
 
 /// How many bytes are made at a time: a step that is begun is finished, so a buffer of 64 KiB is
 /// enough whatever the texts are.
 pub const FILL: usize = 48 * 1024;
 
-/// What an answer needs at most for a peer in each format, roughly: see [`Answer::is_large`].
-const ROW: u64 = 600;
 /// An answer is large from here on.
 const LARGE: u64 = 1 << 20;
 
@@ -139,14 +137,29 @@ impl<R: Rows> Answer<R> {
     /// Whether it has more than a mebibyte, as far as that can be said without looking at the
     /// peers.
     pub fn is_large(&self) -> bool {
-        let asked = self.view.asked().map(|at| &self.view.document.upstreams[at]);
-        let servers: u64 = match (self.view.request.format, self.view.request.peers) {
-            (Format::Prometheus, Peers::None) => 0,
-            (Format::Prometheus, Peers::Bounded) => crate::prometheus::BOUND as u64,
-            _ => asked.map(|upstream| upstream.servers.total()).sum(),
+        let request = &self.view.request;
+        // The page of all upstreams has so many rows of each.
+        let rows = match (request.format, &request.upstream) {
+            (Format::Html, None) => ROWS as u64,
+            _ => u64::MAX,
         };
-        // 17 series have more to say of a peer than a row.
-        let scale = if self.view.request.format == Format::Prometheus { 3 } else { 1 };
-        servers.saturating_mul(ROW * scale) > LARGE
+        let (mut upstreams, mut servers) = (0, 0_u64);
+        for at in self.view.asked() {
+            upstreams += 1;
+            let more = self.view.document.upstreams[at].servers.total().min(rows);
+            servers = servers.saturating_add(more);
+        }
+        // Bytes for each upstream and each of its servers, as they were measured.
+        let (upstream, server) = match request.format {
+            Format::Json => (700, 600),
+            Format::Html => (2000, 500),
+            Format::Prometheus => (2100, 2000),
+        };
+        let servers = match (request.format, request.peers) {
+            (Format::Prometheus, Peers::None) => 0,
+            (Format::Prometheus, Peers::Bounded) => servers.min(BOUND as u64),
+            _ => servers,
+        };
+        servers.saturating_mul(server).saturating_add(upstreams * upstream) > LARGE
     }
 }

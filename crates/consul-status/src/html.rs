@@ -17,7 +17,7 @@ use crate::walk::{List, Step, Walk};
 use search::{Found, Search};
 
 /// How many rows a list has on the page of all upstreams.
-const ROWS: usize = 500;
+pub(crate) const ROWS: usize = 500;
 
 /// Where the page is written up to.
 pub(crate) struct Page {

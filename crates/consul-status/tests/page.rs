@@ -177,7 +177,12 @@ fn headlines() {
         sample.document.in_sync = false;
         sample.document.thread.state = ThreadState::Backoff;
     };
-    assert_eq!(headline(&backoff), "The consul thread is backoff");
+    assert_eq!(headline(&backoff), "The consul thread failed, and is about to start again");
+    let starting = |sample: &mut Sample| {
+        sample.document.thread.state = ThreadState::Starting;
+        sample.document.thread.heartbeat = None;
+    };
+    assert_eq!(headline(&starting), "The consul thread is starting");
 }
 
 #[test]

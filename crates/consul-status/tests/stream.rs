@@ -9,7 +9,7 @@ use consul_status::model::Protocol;
 const BUFFER: usize = 64 * 1024;
 
 /// Ten thousand peers in two upstreams, with the longest names there are.
-fn large() -> Sample {
+fn large_sample() -> Sample {
     let mut sample = Sample::new(NOW);
     for (name, count) in [("large", 7000), ("other", 3000)] {
         let peers = (0..count).map(|n| {
@@ -42,7 +42,7 @@ fn pieces(sample: Sample, path: &str, args: &str) -> (Vec<u8>, usize, Vec<usize>
 
 #[test]
 fn ten_thousand_peers_in_pieces() {
-    let (all, count, taken) = pieces(large(), "/", "format=json");
+    let (all, count, taken) = pieces(large_sample(), "/", "format=json");
     assert!(all.len() > 5_000_000 && count > 80, "{} bytes in {count}", all.len());
     // http's first, each once: nothing is walked again because the client is slow.
     assert_eq!(taken, [0, 1, 3, 4, 2]);
@@ -61,7 +61,7 @@ fn all_formats_stay_within_the_buffer() {
         ("/", "format=prometheus"),
         ("/upstreams/large", "format=prometheus&peers=all"),
     ] {
-        let (all, ..) = pieces(large(), path, args);
+        let (all, ..) = pieces(large_sample(), path, args);
         assert!(all.ends_with(b"\n"));
     }
 }
@@ -106,12 +106,30 @@ fn where_it_stops_makes_no_difference() {
     }
 }
 
+/// The guess is on the safe side, and not far from the truth.
 #[test]
 fn what_is_large() {
-    let large_of = |path, args| large().answer(path, args).unwrap().is_large();
-    assert!(large_of("/", "format=json"));
-    assert!(large_of("/", "format=html"));
-    assert!(!large_of("/", "format=prometheus"));
-    assert!(large_of("/upstreams/large", "format=prometheus&peers=all"));
-    assert!(!large_of("/upstreams/api", "format=json"));
+    for (args, path, large) in [
+        ("format=json", "/", true),
+        ("format=html", "/upstreams/other", true),
+        ("format=prometheus&peers=all", "/upstreams/large", true),
+        // It was bounded.
+        ("format=prometheus", "/", false),
+        ("format=html", "/", false),
+        ("format=json", "/upstreams/api", false),
+        ("format=html", "/upstreams/api", false),
+    ] {
+        let len = large_sample().text(path, args).len();
+        assert_eq!(len > 1 << 20, large, "{args} {path}: {len}");
+        assert_eq!(large_sample().answer(path, args).unwrap().is_large(), large, "{args} {path}");
+    }
+    let many = || {
+        let mut sample = Sample::new(NOW);
+        for n in 0..1500 {
+            sample.push(upstream(&format!("u{n}"), Protocol::Http, NOW), Vec::new());
+        }
+        sample
+    };
+    assert!(many().text("/", "format=html").len() > 1 << 20);
+    assert!(many().answer("/", "format=html").unwrap().is_large());
 }

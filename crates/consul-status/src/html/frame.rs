@@ -3,6 +3,7 @@
 use super::words::Tone;
 use crate::answer::View;
 use crate::escape::Html;
+use crate::model::ThreadState;
 use crate::out::Out;
 use crate::request::QUERY;
 use crate::text::Text;
@@ -48,14 +49,15 @@ fn headline(view: &View, out: &mut Out<'_, Html>) {
     let all = document.upstreams.len() as u64;
     let bad = document.upstreams.iter().filter(|it| !it.sync.is_in_sync()).count() as u64;
     match (all, bad) {
-        _ if !document.thread.is_up(document.now) => {
-            out.raw("The consul thread is ").raw(document.thread.state.word());
-            out.raw(": nothing is updated")
-        }
         (0, _) => out.raw("No upstream follows Consul"),
-        (_, 0) if !document.in_sync => {
-            out.raw("The consul thread is ").raw(document.thread.state.word())
-        }
+        // Without it nothing else is news.
+        _ if thread_state(view) != ThreadState::Running => out.raw(match thread_state(view) {
+            ThreadState::Starting => "The consul thread is starting",
+            ThreadState::Backoff => "The consul thread failed, and is about to start again",
+            ThreadState::Silent | ThreadState::Running => {
+                "The consul thread is silent: nothing is updated"
+            }
+        }),
         (1, 0) => out.raw("The upstream is in sync"),
         (_, 0) => out.raw("All ").grouped(all).raw(" upstreams are in sync"),
         (1, _) => out.raw("The upstream is not in sync"),
@@ -64,6 +66,16 @@ fn headline(view: &View, out: &mut Out<'_, Html>) {
             out.raw(if bad == 1 { "is not in sync" } else { "are not in sync" })
         }
     };
+}
+
+/// What the thread does; one that should run and gives no sign of life is silent.
+fn thread_state(view: &View) -> ThreadState {
+    match view.document.thread.state {
+        ThreadState::Running if !view.document.thread.is_up(view.document.now) => {
+            ThreadState::Silent
+        }
+        state => state,
+    }
 }
 
 /// The agents, the thread, and when this was.
@@ -83,8 +95,9 @@ fn about(view: &View, out: &mut Out<'_, Html>) {
         out.raw("</li>\n");
     }
     let thread = &document.thread;
-    let tone = if thread.is_up(document.now) { Tone::Good } else { Tone::Bad };
-    out.raw("<li>thread <span class=\"").raw(tone.class()).raw("\">").raw(thread.state.word());
+    let state = thread_state(view);
+    let tone = if state == ThreadState::Running { Tone::Good } else { Tone::Bad };
+    out.raw("<li>thread <span class=\"").raw(tone.class()).raw("\">").raw(state.word());
     out.raw("</span>");
     if thread.restarts > 0 {
         out.raw(", started again ").count(thread.restarts, "time", "times");

@@ -10,7 +10,8 @@ use crate::out::Out;
 /// A longer table is closed at first, if it is not what was asked for.
 const LONG: usize = 50;
 
-/// A column: its title, and whether there are numbers in it.
+/// A column: its title, and whether there are numbers in it. The style names them once more, for
+/// screens on which a row is no row.
 type Column = (&'static str, bool);
 
 const PEERS: &[Column] = &[
@@ -38,6 +39,7 @@ const EXCLUDED: &[Column] = &[
 
 /// What differs between the two.
 struct Table {
+    class: &'static str,
     part: &'static str,
     region: &'static str,
     title: &'static str,
@@ -46,6 +48,7 @@ struct Table {
 }
 
 const SERVING: Table = Table {
+    class: "peers",
     part: "-serving",
     region: "-serving-table",
     title: "serving",
@@ -54,6 +57,7 @@ const SERVING: Table = Table {
 };
 
 const NOT_SERVING: Table = Table {
+    class: "excluded",
     part: "-not-serving",
     region: "-not-serving-table",
     title: "not serving",
@@ -90,7 +94,8 @@ fn open(view: &View, at: usize, table: &Table, found: &Found, all: u64, out: &mu
     out.grouped(all).raw(")</summary>\n<div class=\"scroll\" tabindex=\"0\" role=\"region\"");
     out.id(view, at, table.region).raw(" aria-label=\"").raw(table.caption);
     let name = &view.document.upstreams[at].name;
-    out.text(name).raw("\">\n<table>\n<caption>").raw(table.caption).text(name);
+    out.text(name).raw("\">\n<table class=\"").raw(table.class).raw("\">\n<caption>");
+    out.raw(table.caption).text(name);
     out.raw("</caption>\n<thead><tr>");
     for (title, number) in table.columns {
         out.raw("<th scope=\"col\"").raw(if *number { " class=\"n\">" } else { ">" });
