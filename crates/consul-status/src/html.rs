@@ -67,7 +67,7 @@ impl Page {
                 self.shown += 1;
                 upstream::enter(view, at, self.search.is_on(), out);
             }
-            Step::Open(at, List::Sources) => upstream::sources(out, &all[at]),
+            Step::Open(_, List::Sources) => upstream::sources(out),
             Step::Open(at, List::Peers) => table::open_peers(view, at, &self.peers, out),
             Step::Open(at, List::Excluded) => table::open_excluded(view, at, &self.excluded, out),
             Step::Open(at, List::Changes) => upstream::changes(out, view, at),

@@ -47,7 +47,7 @@ pub type Word<'a> = Text<'a, 128>;
 /// A list of tags, all of it.
 pub const TAGS: usize = 256;
 /// The address of an agent: scheme, host and port, nothing else of its URL.
-pub type Agents<'a> = Text<'a, 256>;
+pub type AgentAddress<'a> = Text<'a, 256>;
 /// The version of a program.
 pub type Version<'a> = Text<'a, 40>;
 /// A sentence of ours.
@@ -113,7 +113,7 @@ impl Thread {
 #[derive(Clone, Debug)]
 pub struct Agent {
     /// Scheme, host and port.
-    pub address: Agents<'static>,
+    pub address: AgentAddress<'static>,
     /// Its last exchange worked.
     pub up: bool,
     /// Its version, if the token may read it.

@@ -1,8 +1,8 @@
 //! An upstream: how it stands to Consul, and why.
 
 use super::{
-    Address, Agents, Cause, Datacenter, Detail, Health, Id, Name, Node, Protocol, Reason, Sentence,
-    Sign, Status, Sync, TAGS, Word,
+    Address, AgentAddress, Cause, Datacenter, Detail, Health, Id, Name, Node, Protocol, Reason,
+    Sentence, Sign, Status, Sync, TAGS, Word,
 };
 use crate::text::Text;
 use crate::time::Time;
@@ -113,7 +113,7 @@ pub struct Source {
     /// Its instances are backups.
     pub backup: bool,
     /// The agent that answers.
-    pub address: Option<Agents<'static>>,
+    pub address: Option<AgentAddress<'static>>,
     /// When the last answer came that was verified.
     pub last_success: Option<Time>,
     /// There was none for too long, it is denied, or the last one was not applied.

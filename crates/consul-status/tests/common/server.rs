@@ -74,9 +74,11 @@ fn refuse(stream: &mut TcpStream, error: Error) -> io::Result<()> {
     stream.write_all(&error.body())
 }
 
-/// Answers one request with this page, whatever was asked for.
-pub fn reply(mut stream: TcpStream, headers: &[Header], page: &str) -> io::Result<()> {
-    for line in BufReader::new(stream.try_clone()?).lines() {
+/// Answers one request with this page, whatever was asked for; gives the request's first line.
+pub fn reply(mut stream: TcpStream, headers: &[Header], page: &str) -> io::Result<String> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let first = lines.next().transpose()?.unwrap_or_default();
+    for line in lines {
         if line?.is_empty() {
             break;
         }
@@ -85,7 +87,8 @@ pub fn reply(mut stream: TcpStream, headers: &[Header], page: &str) -> io::Resul
     for (name, value) in headers {
         write!(stream, "{name}: {value}\r\n")?;
     }
-    write!(stream, "\r\n{page}")
+    write!(stream, "\r\n{page}")?;
+    Ok(first)
 }
 
 fn headers(stream: &mut TcpStream, status: u16, format: Format) -> io::Result<()> {
