@@ -10,15 +10,17 @@
 //! expects its own.
 
 use core::ffi::c_void;
+use core::mem::offset_of;
 use core::{ptr, slice};
 use std::time::Instant;
 
+use nginx_peers::meter::{self, Attempt, Meter};
 use nginx_peers::retry::Attempts;
 use nginx_sys::{
-    NGX_BUSY, NGX_DONE, NGX_ERROR, NGX_OK, NGX_PEER_FAILED, NGX_PEER_NEXT, ngx_event_free_peer_pt,
-    ngx_event_get_peer_pt, ngx_event_notify_peer_pt, ngx_http_request_t,
-    ngx_http_upstream_rr_peers_t, ngx_http_upstream_srv_conf_t, ngx_int_t, ngx_palloc,
-    ngx_peer_connection_t, ngx_uint_t,
+    NGX_BUSY, NGX_DONE, NGX_ERROR, NGX_OK, NGX_PEER_FAILED, NGX_PEER_NEXT, ngx_current_msec,
+    ngx_event_free_peer_pt, ngx_event_get_peer_pt, ngx_event_notify_peer_pt, ngx_http_request_t,
+    ngx_http_upstream_rr_peer_t, ngx_http_upstream_rr_peers_t, ngx_http_upstream_srv_conf_t,
+    ngx_int_t, ngx_msec_t, ngx_palloc, ngx_peer_connection_t, ngx_uint_t,
 };
 #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
 use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
@@ -39,6 +41,8 @@ struct Balancer {
     /// The list's change counter before the balancer was initialised.
     config: ngx_uint_t,
     attempts: Attempts,
+    /// The peer that the request holds, if it has a meter.
+    peer: *mut ngx_http_upstream_rr_peer_t,
 }
 
 /// The fields of `ngx_peer_connection_t` that a balancer fills in.
@@ -82,7 +86,8 @@ pub unsafe extern "C" fn init_peer(
             return rc;
         }
         let (inner, attempts) = (Inner::of(pc), Attempts::new(limit));
-        balancer.write(Balancer { request, upstream, inner, config, attempts });
+        let peer = ptr::null_mut();
+        balancer.write(Balancer { request, upstream, inner, config, attempts, peer });
         (*balancer).wrap(pc);
         OK
     }
@@ -237,6 +242,8 @@ impl Balancer {
             // A cached connection is another chance with a peer that was tried.
             if rc == DONE || !self.attempts.was_tried(address) {
                 self.attempts.given(address);
+                // SAFETY: the caller's promise; the balancer has just chosen.
+                unsafe { self.count_pick(pc) };
                 return rc;
             }
             // SAFETY: the caller's promise; the peer that was given goes back.
@@ -256,12 +263,82 @@ impl Balancer {
         }
     }
 
+    /// Counts an attempt, and remembers whose it is.
+    ///
+    /// # Safety
+    ///
+    /// `pc` is the request's, for which the balancer has just chosen a peer.
+    unsafe fn count_pick(&mut self, pc: *mut ngx_peer_connection_t) {
+        // SAFETY: all stock balancers point to the name inside of the peer, which the request
+        // holds until `free`; what is not in the list's zone is no peer of it.
+        unsafe {
+            let pool = (*list_of(self.upstream)).shpool;
+            let offset = offset_of!(ngx_http_upstream_rr_peer_t, name);
+            let peer: *mut ngx_http_upstream_rr_peer_t =
+                (*pc).name.wrapping_byte_sub(offset).cast();
+            let is_inside = peer.addr() > pool.addr() && peer.addr() < (*pool).end.addr();
+            let meter = if is_inside { Meter::of(peer, (*pool).end) } else { None };
+            self.peer = match meter {
+                Some(meter) => {
+                    meter.picked(meter::now());
+                    peer
+                }
+                None => ptr::null_mut(),
+            };
+        }
+    }
+
+    /// Counts how the attempt ended.
+    ///
+    /// # Safety
+    ///
+    /// The request holds the peer that it was given, still.
+    unsafe fn count_end(&mut self, state: ngx_uint_t) {
+        let peer = core::mem::replace(&mut self.peer, ptr::null_mut());
+        if peer.is_null() {
+            return;
+        }
+        const UNSET: ngx_msec_t = ngx_msec_t::MAX;
+        // SAFETY: the caller's promise; nginx completes the state of an attempt before this.
+        unsafe {
+            let list = list_of(self.upstream);
+            let Some(meter) = Meter::of(peer, (*(*list).shpool).end) else { return };
+            let upstream = (*self.request).upstream;
+            let Some(ended) = (*upstream).state.as_ref() else { return };
+            let failed = state & NGX_PEER_FAILED as ngx_uint_t != 0;
+            let has_header = ended.header_time != UNSET;
+            let response_time = match ended.response_time {
+                UNSET => ngx_current_msec.wrapping_sub((*upstream).start_time),
+                time => time,
+            };
+            meter.ended(&Attempt {
+                status: has_header.then_some(ended.status as u64),
+                sent: u64::try_from(ended.bytes_sent).unwrap_or(0),
+                received: u64::try_from(ended.bytes_received).unwrap_or(0),
+                header_time: has_header.then_some(ended.header_time as u64),
+                response_time: response_time as u64,
+                failed,
+            });
+            // nginx counts no failures of a single peer, and makes it never unavailable.
+            if failed {
+                let max = (*peer).max_fails;
+                if (*list).single() == 0 && max > 0 && (*peer).fails + 1 >= max {
+                    meter.is_unavailable(meter::now());
+                }
+            } else if state == 0 {
+                meter.is_available(meter::now());
+            }
+        }
+    }
+
     /// # Safety
     ///
     /// `pc` is the request's, which holds a peer.
     unsafe fn free(&mut self, pc: *mut ngx_peer_connection_t, state: ngx_uint_t) {
         // SAFETY: the balancer's own callback and data; the list is that of a live request.
         unsafe {
+            // Before: after it the peer may be gone.
+            self.count_end(state);
             if let Some(inner) = self.inner.free {
                 inner(pc, self.inner.data, state);
             }

@@ -43,6 +43,8 @@ macro_rules! peer_fields {
             down: ngx_uint_t;
             /// Requests that hold the peer.
             refs: ngx_uint_t;
+            /// Requests that are under way.
+            conns: ngx_uint_t;
             /// The next peer.
             next: *mut Self;
             /// A TLS session, in the zone.

@@ -16,6 +16,7 @@ use crate::abi::{PeerAbi, PeersAbi};
 use crate::crash::{WRITE_LOCKED, word};
 use crate::label::Label;
 use crate::list::{List, Statics, recount};
+use crate::meter::{Counted, Meter};
 use crate::spec::{Attributes, Spec};
 use crate::zone::{self, Fresh, Full};
 
@@ -32,6 +33,8 @@ pub struct Carried {
     pub spec: Spec,
     /// How it has done.
     pub history: History,
+    /// What was counted of it.
+    pub counted: Option<Counted>,
 }
 
 /// How a peer has done. The connections that it has are not part of it: they are the old
@@ -64,6 +67,7 @@ struct Raw {
     address: Option<SocketAddr>,
     attributes: Attributes,
     history: History,
+    counted: Option<Counted>,
     backup: bool,
     /// Where the text of the server begins among the texts, how long it is, and where the label
     /// behind it may end.
@@ -168,7 +172,8 @@ impl Copied {
                     }
                     self.texts.extend_from_slice(slice::from_raw_parts(server.data, len));
                     let text = (from, server.len, from + len);
-                    self.peers.push(Raw { address, attributes, history, backup, text });
+                    let counted = Meter::of(peer, end).map(Meter::read);
+                    self.peers.push(Raw { address, attributes, history, counted, backup, text });
                 }
                 peer = *L::Peer::next(peer);
                 place += 1;
@@ -192,7 +197,11 @@ impl Copied {
                 attributes: raw.attributes,
                 label,
             };
-            knows(spec.label.source()).then_some(Carried { spec, history: raw.history })
+            knows(spec.label.source()).then_some(Carried {
+                spec,
+                history: raw.history,
+                counted: raw.counted,
+            })
         };
         let mut all: Vec<Carried> = self.peers.iter().filter_map(known).collect();
         all.sort_by(|a, b| (&a.spec.label, a.spec.address).cmp(&(&b.spec.label, b.spec.address)));
@@ -205,7 +214,7 @@ impl Copied {
 /// # Safety
 ///
 /// `lock` is a live lock of nginx's.
-unsafe fn try_read_lock(lock: *mut ngx_atomic_t, patience: Duration) -> bool {
+pub(crate) unsafe fn try_read_lock(lock: *mut ngx_atomic_t, patience: Duration) -> bool {
     /// An edit is over after some microseconds.
     const REST: Duration = Duration::from_micros(50);
     // SAFETY: the caller's promise.
@@ -262,6 +271,11 @@ impl<L: PeersAbi> List<L> {
                     };
                     let peer = fresh.link();
                     zone::write_history(peer, &one.history);
+                    if let (Some(counted), Some(meter)) =
+                        (&one.counted, Meter::of(peer, (*pool).end))
+                    {
+                        meter.write(counted);
+                    }
                     *tail = peer;
                     tail = L::Peer::next(peer);
                     taken += 1;

@@ -17,7 +17,8 @@
 //! nginx's own rule (`resolve` gives each server one worker), and what follows relies on it: the
 //! links may be walked without the lock, because nobody else writes them.
 //!
-//! [`carry`] copies the peers of the list before a reload into the one after it, and [`crash`] mends
+//! [`meter`] counts what becomes of each peer's requests, and [`view`] copies a list for whoever
+//! shows it. [`carry`] copies the peers of the list before a reload into the one after it, and [`crash`] mends
 //! what a killed process leaves behind. [`retry`] holds the decisions of the other half: what a request does whose list has changed
 //! since it began.
 
@@ -31,8 +32,10 @@ pub mod diff;
 mod inline;
 mod label;
 pub mod list;
+pub mod meter;
 pub mod retry;
 pub mod spec;
+pub mod view;
 mod zone;
 
 #[cfg(test)]
@@ -42,4 +45,4 @@ pub use abi::{PeerAbi, PeersAbi};
 pub use label::Label;
 pub use list::{Change, Changed, List};
 pub use spec::Spec;
-pub use zone::Full;
+pub use zone::{Full, Usage};

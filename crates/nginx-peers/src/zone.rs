@@ -11,10 +11,11 @@ use nginx_sys::{
 };
 use thiserror::Error;
 
-use crate::abi::PeerAbi;
+use crate::abi::{PeerAbi, PeersAbi};
 use crate::carry::History;
 use crate::inline::NGINX_PEERS_SOCKADDR_STRLEN;
 use crate::label::Label;
+use crate::meter::{self, Meter};
 use crate::spec::{Attributes, Spec};
 
 /// The zone has no room for the new peers. The old ones stand.
@@ -46,11 +47,12 @@ impl<P: PeerAbi> Fresh<P> {
         // stored there, so that dropping an unfinished one frees it; all sizes are those that
         // nginx gives its own peers. Nobody else can reach the peer before it is linked.
         unsafe {
-            let peer: *mut P = ngx_slab_calloc(pool, size_of::<P>()).cast();
+            let peer: *mut P = ngx_slab_calloc(pool, meter::peer_size::<P>()).cast();
             if peer.is_null() {
                 return None;
             }
             let mut fresh = Self { peer, pool, whole: false };
+            Meter::begin(peer);
 
             let address: *mut sockaddr = ngx_slab_calloc(pool, size_of::<ngx_sockaddr_t>()).cast();
             if address.is_null() {
@@ -319,6 +321,42 @@ unsafe fn read_address(at: *mut sockaddr) -> Option<SocketAddr> {
     }
 }
 
+/// How full a zone is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// The zone's size, in bytes.
+    pub size: usize,
+    /// Bytes in use, in whole pages.
+    pub used: usize,
+    /// How many more peers would fit, about.
+    pub fits_more: usize,
+}
+
+impl Usage {
+    /// Looks at a zone, without its mutex.
+    ///
+    /// # Safety
+    ///
+    /// `primaries` is a live list in a zone.
+    pub unsafe fn of<L: PeersAbi>(primaries: *mut L) -> Self {
+        // SAFETY: the caller's promise; `pfree` is read without the mutex, as an estimate may.
+        unsafe {
+            let (pool, page) = (*L::shpool(primaries), ngx_pagesize);
+            let size = (*pool).end.addr() - pool.addr();
+            let free = (&raw const (*pool).pfree).read_volatile() * page;
+            let slots = [
+                meter::peer_size::<L::Peer>(),
+                size_of::<ngx_sockaddr_t>(),
+                NGINX_PEERS_SOCKADDR_STRLEN as usize,
+                // A service and a label of usual length.
+                64,
+            ];
+            let peer: usize = slots.iter().map(|len| slot(*len, page)).sum();
+            Self { size, used: size.saturating_sub(free), fits_more: free / peer }
+        }
+    }
+}
+
 /// What the allocator takes for so many bytes: a power of two, or whole pages.
 fn slot(len: usize, page: usize) -> usize {
     if len > page / 2 { len.next_multiple_of(page) } else { len.next_power_of_two().max(8) }
@@ -371,7 +409,7 @@ pub(crate) unsafe fn full<'a, P: PeerAbi>(
     let mut bytes = more;
     let slot = |len| slot(len, page);
     for spec in specs {
-        bytes += slot(size_of::<P>())
+        bytes += slot(meter::peer_size::<P>())
             + slot(size_of::<ngx_sockaddr_t>())
             + slot(NGINX_PEERS_SOCKADDR_STRLEN as usize)
             + slot(server_len(spec))

@@ -73,7 +73,7 @@ fn a_list_that_is_locked_for_good_is_given_up() {
 fn without_a_list_of_backups_all_are_primaries() {
     let mut new = Upstream::new(NONE, false);
     let backup = Spec { backup: true, ..spec("a", 1) };
-    let carried = Carried { spec: backup.clone(), history: History::default() };
+    let carried = Carried { spec: backup.clone(), history: History::default(), counted: None };
     assert_eq!(new.list.take_over(&[carried]), Ok(1));
     new.check(&[Spec { backup: false, ..backup }]);
     new.list.apply(&[]).unwrap();
@@ -84,7 +84,7 @@ fn what_fits_is_taken_primaries_first() {
     let all = [Spec { backup: true, ..spec("a", 1) }, spec("b", 2), spec("c", 3)];
     let carried: Vec<_> = all
         .iter()
-        .map(|spec| Carried { spec: spec.clone(), history: History::default() })
+        .map(|spec| Carried { spec: spec.clone(), history: History::default(), counted: None })
         .collect();
     let one = {
         let mut new = Upstream::new(NONE, true);
