@@ -49,6 +49,11 @@ struct Tags {
 }
 
 impl About {
+    /// The agent's version, as far as the token may read it.
+    pub(crate) fn version(&self) -> Option<&str> {
+        self.version.as_ref().map(|version| &*version.text)
+    }
+
     /// Reads the answer.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
         let Agent { config, member } =

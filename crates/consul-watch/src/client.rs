@@ -93,6 +93,11 @@ impl Client {
         home.get_or_insert_with(|| Home { datacenter: datacenter.to_owned(), first: false });
     }
 
+    /// What the agent at this place of the settings said of itself: its version.
+    pub(crate) fn version(&self, at: usize) -> Option<String> {
+        self.0.reach.get(at)?.about()?.version().map(str::to_owned)
+    }
+
     /// The question for a service's health, for a watch to ask.
     pub fn service(&self, query: Query) -> Service {
         let (client, news) = (self.0.clone(), self.0.news.subscribe());
@@ -148,6 +153,10 @@ impl Transport for Service {
 
     fn network(&self) -> Network {
         self.query.network
+    }
+
+    fn agent(&self) -> usize {
+        self.at
     }
 }
 

@@ -65,6 +65,34 @@ impl Pool {
     }
 }
 
+/// How it stands with one agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentInfo {
+    /// Where it listens.
+    pub address: Address,
+    /// Its version, as far as a token may read it.
+    pub version: Option<String>,
+    /// How many queries it is asked at the moment, each on a connection of its own.
+    pub connections: usize,
+}
+
+impl Pool {
+    /// The agents that are asked, in the order of their addresses.
+    pub fn agents(&self) -> Vec<AgentInfo> {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let info = |(address, limit): (&Address, &Arc<Limit>)| {
+            let version = shared.clients.iter().find_map(|(agents, client)| {
+                let at = agents.addresses.iter().position(|other| other == address)?;
+                client.version(at)
+            });
+            AgentInfo { address: address.clone(), version, connections: limit.in_use() }
+        };
+        let mut all: Vec<_> = shared.limits.iter().map(info).collect();
+        all.sort_by_key(|agent| agent.address.to_string());
+        all
+    }
+}
+
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("max_connections", &self.max_connections).finish()
@@ -101,6 +129,10 @@ impl Limit {
     fn new(connections: usize) -> Self {
         let permits = Arc::new(Semaphore::new(connections));
         Self { connections, permits, watches: Arc::default() }
+    }
+
+    fn in_use(&self) -> usize {
+        self.connections.saturating_sub(self.permits.available_permits())
     }
 
     /// Counts one more watch.

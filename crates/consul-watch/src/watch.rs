@@ -95,6 +95,11 @@ pub trait Transport {
     fn network(&self) -> Network {
         Network::Lan
     }
+
+    /// Which of the agents is asked, by its place in the settings.
+    fn agent(&self) -> usize {
+        0
+    }
 }
 
 /// All instances of a service at one index.
@@ -122,6 +127,17 @@ pub trait Sink {
 
     /// There was no good answer. The last set stands.
     fn failed(&mut self, error: &Error);
+
+    /// A good answer was taken over: its index, and the agent that gave it, by its place in the
+    /// settings.
+    fn heard(&mut self, index: u64, agent: usize) {
+        let _ = (index, agent);
+    }
+
+    /// After an error: when it is asked again at the latest.
+    fn rests(&mut self, until: Instant) {
+        let _ = until;
+    }
 
     /// The instances that serve since before the first answer, by node and service ID and in that
     /// order: what takes nothing away later takes nothing away from them.
@@ -153,7 +169,9 @@ pub async fn follow(
             Err(error) => {
                 sink.failed(&error);
                 watch.index = None;
-                let rest = sleep(whole(backoff.next(error.retry())));
+                let rest = whole(backoff.next(error.retry()));
+                sink.rests(Instant::now() + rest);
+                let rest = sleep(rest);
                 let stirred = transport.stirred();
                 let rest = async {
                     tokio::select! { () = rest => (), () = stirred => () }
@@ -278,6 +296,7 @@ impl Watch {
                 sink.answered();
                 self.body = Some(body);
                 self.advance(index);
+                sink.heard(index, transport.agent());
             }
             Verdict::Changed(listing) => {
                 if let Some(nodes) = self.taken_away(&listing.instances) {
@@ -296,6 +315,7 @@ impl Watch {
                 self.give(snapshot, sink).await;
                 self.body = Some(body);
                 self.advance(index);
+                sink.heard(index, transport.agent());
             }
         }
         Ok(work)
