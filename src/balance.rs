@@ -231,6 +231,11 @@ impl Balancer {
                 if !unsafe { self.restart(pc) } {
                     return ERROR;
                 }
+                // SAFETY: the upstream is that of a live request.
+                if let Some(cost) = unsafe { server_conf(self.upstream).and_then(|it| (*it).cost) }
+                {
+                    cost.add_repaired(1);
+                }
                 continue;
             }
             if rc != OK && rc != DONE {

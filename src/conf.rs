@@ -12,10 +12,10 @@ use std::time::Duration;
 use consul_watch::Agents;
 use nginx_peers::list::Statics;
 use nginx_sys::{
-    NGX_CONF_1MORE, NGX_CONF_TAKE1, NGX_HTTP_MAIN_CONF, NGX_HTTP_MAIN_CONF_OFFSET,
-    NGX_HTTP_SRV_CONF_OFFSET, NGX_HTTP_UPS_CONF, NGX_LOG_EMERG, ngx_command_t, ngx_conf_t,
-    ngx_http_upstream_init_peer_pt, ngx_http_upstream_srv_conf_t, ngx_shm_zone_t, ngx_str_t,
-    ngx_uint_t, sockaddr,
+    NGX_CONF_1MORE, NGX_CONF_NOARGS, NGX_CONF_TAKE1, NGX_HTTP_LOC_CONF, NGX_HTTP_MAIN_CONF,
+    NGX_HTTP_MAIN_CONF_OFFSET, NGX_HTTP_SRV_CONF_OFFSET, NGX_HTTP_UPS_CONF, NGX_LOG_EMERG,
+    ngx_command_t, ngx_conf_t, ngx_http_upstream_init_peer_pt, ngx_http_upstream_srv_conf_t,
+    ngx_shm_zone_t, ngx_str_t, ngx_uint_t, sockaddr,
 };
 use ngx::core::{NGX_CONF_ERROR, NGX_CONF_OK};
 use ngx::ngx_string;
@@ -177,6 +177,19 @@ unsafe extern "C" fn set(
     })
 }
 
+/// `consul_status;`
+///
+/// # Safety
+///
+/// Called by [`set`] for a directive inside a location.
+unsafe fn status(cf: *mut ngx_conf_t, _: &[ngx_str_t], _: *mut c_void) -> Result<(), Fault> {
+    // SAFETY: this function's own contract.
+    match unsafe { crate::status::install(cf) } {
+        true => Ok(()),
+        false => Err(Fault::Directive("is duplicate".into())),
+    }
+}
+
 macro_rules! command {
     ($name:literal, $contexts:expr, $offset:expr, $handler:path) => {
         ngx_command_t {
@@ -202,10 +215,13 @@ const SERVER: u32 = NGX_HTTP_SRV_CONF_OFFSET as u32;
 const HTTP: u32 = NGX_HTTP_MAIN_CONF;
 const MAIN: u32 = NGX_HTTP_MAIN_CONF_OFFSET as u32;
 
+/// Of no configuration of ours: what it sets is nginx's.
+const NO_CONF: u32 = 0;
+
 const ONE: u32 = NGX_CONF_TAKE1;
 const SOME: u32 = NGX_CONF_1MORE;
 
-pub static mut COMMANDS: [ngx_command_t; 17] = [
+pub static mut COMMANDS: [ngx_command_t; 18] = [
     command!("consul_upstream", UPSTREAM | SOME, SERVER, source::add),
     command!("consul_address", LEVELS | SOME, SERVER, settings::address),
     command!("consul_token", LEVELS | ONE, SERVER, settings::token),
@@ -222,5 +238,6 @@ pub static mut COMMANDS: [ngx_command_t; 17] = [
     command!("consul_max_connections", HTTP | ONE, MAIN, http::max_connections),
     command!("consul_state_path", HTTP | ONE, MAIN, http::state_path),
     command!("consul_start_timeout", HTTP | ONE, MAIN, http::start_timeout),
+    command!("consul_status", NGX_HTTP_LOC_CONF | NGX_CONF_NOARGS, NO_CONF, status),
     ngx_command_t::empty(),
 ];

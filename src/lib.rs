@@ -1,8 +1,8 @@
 //! An nginx dynamic module that keeps an upstream's peers in step with a Consul service.
 //!
 //! This crate is the http module, and thin: the tables that nginx reads, directives to settings
-//! ([`conf`]), what a reload takes over ([`carry`]), the life of a worker ([`process`]), and the
-//! layer around the balancers ([`balance`]). Consul is the business of the crate consul-watch, the peer list in shared
+//! ([`conf`]), what a reload takes over ([`carry`]), the life of a worker ([`process`]), the
+//! layer around the balancers ([`balance`]), and what is shown of it all ([`status`]). Consul is the business of the crate consul-watch, the peer list in shared
 //! memory that of nginx-peers.
 
 use core::ffi::c_char;
@@ -22,6 +22,7 @@ mod failpoint;
 mod guard;
 mod log;
 mod process;
+mod status;
 
 /// The module, as the traits of the crate ngx know it.
 struct ConsulUpstream;

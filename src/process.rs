@@ -5,7 +5,8 @@
 //! upstreams ([`apply`]); the others read them. Between the two threads stands a [`handoff`]. The
 //! [`gate`] holds new workers back until the first answers are there. What the workers know of each
 //! other stands in [`shared`]; there is also the [`journal`] of the edit under way, for whoever takes
-//! the place of a worker that was killed.
+//! the place of a worker that was killed, and the [`board`] of what is known of discovery: a
+//! [`record`] for each upstream, which every worker can show.
 //!
 //! At a reload the old generation's first worker goes on following Consul until all its others
 //! have ended: a request that was long in coming may have to choose a server still. It writes
@@ -25,8 +26,8 @@ use ngx::http::HttpModuleMainConf;
 use self::apply::Applier;
 pub use self::cost::Cost;
 pub use self::plan::source_of;
-use self::shared::Shared;
-pub use self::shared::add as add_zone;
+pub use self::shared::Shared;
+pub use self::shared::{add as add_zone, own_pid};
 use crate::conf::MainConf;
 use crate::conf::finish::server_conf;
 use crate::guard::guard;
@@ -34,13 +35,18 @@ use crate::{ConsulUpstream, failpoint, log};
 
 mod apply;
 mod assembly;
+mod board;
+pub mod clock;
 mod cost;
 mod gate;
 mod handoff;
 mod journal;
 mod plan;
+pub mod record;
 mod shared;
 mod stored;
+mod story;
+mod tale;
 mod thread;
 
 /// This process' part in following Consul; null in most processes.

@@ -66,8 +66,7 @@ unsafe fn all(cf: *mut ngx_conf_t) -> Result<(), String> {
         }
         if !main.upstreams.is_empty() {
             http::complete(cf, main)?;
-            main.shared.0 = process::add_zone(cf, main.upstreams.len())
-                .ok_or("cannot add a shared memory zone")?;
+            main.shared.0 = process::add_zone(cf, main).ok_or("cannot add a shared memory zone")?;
         }
     }
     Ok(())

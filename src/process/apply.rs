@@ -15,12 +15,16 @@ use nginx_sys::{
     ngx_handle_read_event, ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
 };
 
+use super::board::Place;
+use super::clock::{self, Moment};
 use super::cost::Cost;
-use super::handoff::{Handoff, Note, Update};
+use super::handoff::{Before, Handoff, Note, Update};
 use super::journal;
 use super::plan::Plan;
+use super::record::{Record, ThreadRecord};
 use super::shared::Shared;
 use super::stored;
+use super::story;
 use super::thread::Thread;
 use crate::conf::{self, MainConf};
 use crate::guard::guard;
@@ -50,6 +54,8 @@ pub struct Applier {
     /// Set while the process stays only for the others of its generation.
     company: Box<ngx_event_t>,
     shared: &'static Shared,
+    /// When the consul thread was last seen alive.
+    alive: Moment,
     /// Ended, and joined, when this is dropped.
     thread: Option<Thread>,
 }
@@ -72,6 +78,11 @@ struct Upstream {
     rests: Option<Instant>,
     /// It was said that changes cost much here.
     warned: bool,
+    /// What the status tells of it, where that stands, and for how many milliseconds an answer of
+    /// Consul counts.
+    record: Record,
+    place: &'static Place,
+    limit: u64,
 }
 
 impl Applier {
@@ -100,16 +111,26 @@ impl Applier {
         for (number, upstream) in upstreams.iter_mut().enumerate() {
             upstream.restore(&mut plan, number);
         }
-        let present = upstreams.iter().map(|upstream| upstream.list.present()).collect();
-        let handoff = Arc::new(Handoff::new(present)?);
+        // SAFETY: the configuration is in use and has upstreams.
+        let shared = unsafe { Shared::of(main) };
+        let before = upstreams.iter_mut().map(|upstream| {
+            upstream.publish();
+            let (specs, report) = (upstream.list.present(), upstream.record.report.clone());
+            Before { specs, report }
+        });
+        // One that was killed had a place of the same zone.
+        let thread = shared.thread_place().read();
+        let thread = thread.and_then(|it| serde_json::from_slice::<ThreadRecord>(&it).ok());
+        let restarts = thread.map_or(0, |thread| thread.restarts);
+        let handoff = Arc::new(Handoff::new(before.collect(), restarts)?);
         let mut applier = Box::new(Self {
             upstreams,
             handoff: handoff.clone(),
             connection: ptr::null_mut(),
             retry,
             company,
-            // SAFETY: the configuration is in use and has upstreams.
-            shared: unsafe { Shared::of(main) },
+            shared,
+            alive: Moment::default(),
             thread: None,
         });
         // SAFETY: the box gives the value an address for the time that nginx knows it.
@@ -209,19 +230,47 @@ impl Applier {
         let upstreams = &mut self.upstreams;
         self.handoff.take(
             |Note { level, text }| log::cycle(level, format_args!("{text}")),
-            |number, update| {
+            |number, report, update| {
                 if let Some(upstream) = upstreams.get_mut(number) {
-                    upstream.apply(update);
+                    if let Some(report) = report {
+                        upstream.record.report = report;
+                    }
+                    if let Some(update) = update {
+                        upstream.apply(update);
+                    }
+                    upstream.publish();
                 }
             },
         );
+        self.see_thread();
         self.schedule_retry();
+    }
+
+    /// Notes that the consul thread lives, and what time alone has changed.
+    fn see_thread(&mut self) {
+        if let Some(thread) = self.handoff.take_thread()
+            && let Ok(record) = serde_json::to_vec(&thread)
+        {
+            self.shared.thread_place().write(&record);
+        }
+        let alive = self.handoff.alive();
+        if alive == self.alive {
+            return;
+        }
+        self.alive = alive;
+        self.shared.beat(Moment::now());
+        for upstream in &mut self.upstreams {
+            if upstream.record.note_sync(upstream.limit, Moment::now()) {
+                upstream.publish();
+            }
+        }
     }
 
     fn retry_pending(&mut self) {
         for upstream in &mut self.upstreams {
-            if let Some(update) = upstream.pending.take() {
+            if let Some(update) = upstream.pending.clone() {
                 upstream.apply(update);
+                upstream.publish();
             }
         }
         self.schedule_retry();
@@ -324,6 +373,19 @@ impl Upstream {
             cost: shared.cost(number),
             rests: None,
             warned: false,
+            record: story::begin(shared.place(number)),
+            place: shared.place(number),
+            limit: clock::limit(conf.agents.wait),
+        }
+    }
+
+    /// Shows what is known of it to all workers.
+    fn publish(&mut self) {
+        self.record.answered = self.answered;
+        self.record.restored = self.restored;
+        self.record.note_sync(self.limit, Moment::now());
+        if let Some(record) = self.record.encode(self.place.room()) {
+            self.place.write(&record);
         }
     }
 
@@ -353,6 +415,9 @@ impl Upstream {
 
     fn apply(&mut self, update: Update) {
         let first = update.complete && !self.answered;
+        // The very set that was refused before is no further one.
+        let refused = self.pending.as_ref().filter(|_| self.record.refused);
+        let is_again = refused.is_some_and(|old| Arc::ptr_eq(&old.specs, &update.specs));
         self.answered |= update.complete;
         // Whatever waited is older.
         self.pending = None;
@@ -363,6 +428,7 @@ impl Upstream {
         match self.list.apply_noting(&update.specs, &self.journal) {
             Ok(change) => {
                 self.complained = None;
+                story::applied(&mut self.record, &change, update.index);
                 if !change.is_empty() {
                     self.weigh(&change, update.specs.len());
                 }
@@ -380,6 +446,8 @@ impl Upstream {
                 }
             }
             Err(refused) => {
+                let present = self.list.present();
+                story::refused(&mut self.record, &update.specs, &present, is_again);
                 if self.complained.is_none_or(|at| at.elapsed() >= REPEAT) {
                     self.complained = Some(Instant::now());
                     self.complain(refused);

@@ -1,6 +1,6 @@
 //! The set of an upstream, put together of what its lines know.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::fmt;
@@ -23,8 +23,11 @@ use nginx_sys::{NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+use super::clock::Moment;
 use super::handoff::{Handoff, Note, Update};
 use super::plan::{Line, UpstreamPlan, WatchPlan};
+use super::record::{Heard, Report as Told};
+use super::tale::{Tale, told};
 
 /// A set is stored at most this often.
 const STORE: Duration = Duration::from_secs(1);
@@ -38,25 +41,29 @@ pub struct Assembly {
     lines: RefCell<Vec<Known>>,
     /// There is something new to store.
     news: Notify,
+    /// Something happened that was not told yet.
+    untold: Cell<bool>,
 }
 
 /// A line, and what it knows.
-struct Known {
-    line: Line,
+pub struct Known {
+    pub line: Line,
     guard: Guard,
+    /// What the status tells of it.
+    pub tale: Tale,
     /// What serves. Until the line has had an answer these are the peers that were there before:
     /// that it has had none says nothing against them.
-    peers: Vec<Peer>,
+    pub peers: Vec<Peer>,
     /// Where instances were before, as long as their host names have not been resolved since.
     before: BTreeMap<Key, Vec<IpAddr>>,
     /// The datacenter that they are in, where an answer said so.
-    datacenter: Option<String>,
+    pub datacenter: Option<String>,
     /// How many instances Consul has registered; none before the first answer.
-    registered: Option<usize>,
+    pub registered: Option<usize>,
     /// How many serve only because they are held.
-    held: usize,
+    pub held: usize,
     /// All serve, because too few are healthy.
-    panic: bool,
+    pub panic: bool,
 }
 
 /// What a snapshot made of a line.
@@ -69,16 +76,52 @@ struct Judged {
 }
 
 impl Assembly {
-    /// An upstream that has the peers `before`.
-    pub fn new(plan: UpstreamPlan, before: &[Spec]) -> Self {
-        let lines = plan.lines.into_iter().map(|line| Known::new(line, before)).collect();
-        Self { name: plan.name, lines: RefCell::new(lines), news: Notify::new() }
+    /// An upstream that has the peers `before`, and of which so much was told.
+    pub fn new(plan: UpstreamPlan, before: &[Spec], told: &Told) -> Self {
+        let lines = plan.lines.into_iter().map(|line| Known::new(line, before, told)).collect();
+        Self {
+            name: plan.name,
+            lines: RefCell::new(lines),
+            news: Notify::new(),
+            untold: Cell::new(true),
+        }
+    }
+
+    /// What is to be told, if anything is new.
+    pub fn news(&self) -> Option<Told> {
+        self.untold.take().then(|| told(&self.lines.borrow()))
+    }
+
+    /// Notes of one line what is no change.
+    fn note(&self, line: usize, note: impl FnOnce(&mut Heard)) {
+        if let Some(known) = self.lines.borrow_mut().get_mut(line) {
+            note(&mut known.tale.heard);
+            self.untold.set(true);
+        }
+    }
+
+    /// Whether the last exchange with each agent worked, and when it was.
+    pub fn reached(&self, all: &mut HashMap<String, (Moment, bool)>) {
+        for known in self.lines.borrow().iter() {
+            for (address, seen) in &known.tale.agents {
+                let last = all.entry(address.clone()).or_insert(*seen);
+                *last = (*last).max(*seen);
+            }
+        }
+    }
+
+    /// Notes how an exchange with an agent went.
+    fn met(&self, line: usize, agent: &str, worked: bool) {
+        if let Some(known) = self.lines.borrow_mut().get_mut(line) {
+            known.tale.agents.insert(agent.to_owned(), (Moment::now(), worked));
+        }
     }
 
     /// A line's instances changed: what the upstream's set is now.
     fn changed(&self, line: usize, snapshot: &Snapshot) -> Option<Judged> {
         let mut lines = self.lines.borrow_mut();
         let (until, notes) = lines.get_mut(line)?.judge(snapshot);
+        self.untold.set(true);
         // Each instance once, whatever the number of lines that look at it.
         let registered: HashMap<&Query, usize> =
             lines.iter().filter_map(|known| Some((&known.line.query, known.registered?))).collect();
@@ -139,14 +182,25 @@ impl Assembly {
 }
 
 impl Known {
-    fn new(mut line: Line, before: &[Spec]) -> Self {
+    fn new(mut line: Line, before: &[Spec], told: &Told) -> Self {
         let peers = line.peers(before);
         let mut guard = line.selection.guard();
         guard.restore(peers.iter().cloned());
         let ips = |peer: &Peer| peer.addresses.iter().map(|address| address.ip()).collect();
         let before = peers.iter().map(|peer| (peer.key(), ips(peer))).collect();
         let datacenter = line.datacenter.take();
-        Self { line, guard, peers, before, datacenter, registered: None, held: 0, panic: false }
+        let tale = Tale::new(line.source, told);
+        Self {
+            line,
+            guard,
+            tale,
+            peers,
+            before,
+            datacenter,
+            registered: None,
+            held: 0,
+            panic: false,
+        }
     }
 
     fn specs(&self) -> impl Iterator<Item = Spec> {
@@ -189,6 +243,10 @@ impl Known {
         let was_held = std::mem::replace(&mut self.held, serving.held.len());
         let panicked = std::mem::replace(&mut self.panic, verdict.panic);
         let served = serving.peers.len();
+        self.tale.judged(&self.line.selection, snapshot, &verdict, &serving);
+        if was_held == 0 && self.held > 0 {
+            self.tale.held_updates += 1;
+        }
         self.peers = serving.peers;
         self.registered = Some(snapshot.instances.len());
 
@@ -237,8 +295,9 @@ pub struct Lines {
     upstreams: Rc<[Assembly]>,
     handoff: Arc<Handoff>,
     service: String,
-    /// Whom is asked.
+    /// Whom is asked: all of them, and each.
     agents: String,
+    each: Vec<String>,
     report: Report,
 }
 
@@ -253,6 +312,7 @@ impl Lines {
                 let all: Vec<_> = watch.agents.addresses.iter().map(Address::to_string).collect();
                 printable(all.join(", ").as_bytes(), 300)
             },
+            each: watch.agents.addresses.iter().map(Address::to_string).collect(),
             report: Report::default(),
         }
     }
@@ -263,6 +323,12 @@ impl Lines {
         numbers.sort_unstable();
         numbers.dedup();
         numbers.into_iter().filter_map(|number| self.upstreams.get(number))
+    }
+
+    /// The lines, and the upstream of each.
+    fn each_line(&self) -> impl Iterator<Item = (&Assembly, usize)> {
+        let one = |(upstream, line): &(usize, usize)| Some((self.upstreams.get(*upstream)?, *line));
+        self.lines.iter().filter_map(one)
     }
 
     fn note(&self, level: u32, text: &str) {
@@ -294,6 +360,11 @@ impl Sink for Lines {
             }
         }
         let changed: Vec<usize> = updates.keys().copied().collect();
+        for number in &changed {
+            if let Some(report) = self.upstreams.get(*number).and_then(Assembly::news) {
+                self.handoff.tell(*number, report);
+            }
+        }
         self.handoff.give(updates).await;
         for upstream in changed.into_iter().filter_map(|number| self.upstreams.get(number)) {
             upstream.news.notify_one();
@@ -308,7 +379,42 @@ impl Sink for Lines {
         }
     }
 
+    fn heard(&mut self, index: u64, agent: usize) {
+        let now = Moment::now();
+        for (assembly, line) in self.each_line() {
+            assembly.note(line, |heard| {
+                heard.agent = Some(agent);
+                heard.last_success = Some(now);
+                heard.index = Some(index);
+                heard.answers += 1;
+                heard.failing = None;
+                heard.next_try = None;
+            });
+            if let Some(agent) = self.each.get(agent) {
+                assembly.met(line, agent, true);
+            }
+        }
+    }
+
+    fn rests(&mut self, until: Instant) {
+        let until = Moment::of(until);
+        for (assembly, line) in self.each_line() {
+            assembly.note(line, |heard| heard.next_try = Some(until));
+        }
+    }
+
     fn failed(&mut self, error: &Error) {
+        let agent = match (error, &*self.each) {
+            (Error::At { address, .. }, _) => Some(address),
+            (_, [only]) => Some(only),
+            _ => None,
+        };
+        for (assembly, line) in self.each_line() {
+            assembly.note(line, |heard| super::tale::failed(heard, error));
+            if let Some(agent) = agent {
+                assembly.met(line, agent, false);
+            }
+        }
         if self.report.failed(error) {
             self.note(NGX_LOG_ERR, &error.to_string());
         }

@@ -6,7 +6,7 @@
 //! the balancers measures the first request after a change. Changes are then gathered, so that the
 //! workers spend at most a tenth of their time on them.
 
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Below this it is nothing but a worker that was interrupted.
@@ -26,6 +26,8 @@ pub struct Cost {
     /// The last two, in microseconds: once may be an accident.
     last: AtomicU32,
     before: AtomicU32,
+    /// Attempts of requests that were repaired after a change.
+    repaired: AtomicU64,
 }
 
 /// What a change costs.
@@ -40,6 +42,16 @@ impl Cost {
     pub fn add(&self, time: Duration) {
         let us = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
         self.before.store(self.last.swap(us, Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// So many attempts of requests were repaired after a change.
+    pub fn add_repaired(&self, attempts: u64) {
+        self.repaired.fetch_add(attempts, Ordering::Relaxed);
+    }
+
+    /// How many were.
+    pub fn repaired(&self) -> u64 {
+        self.repaired.load(Ordering::Relaxed)
     }
 
     /// What the changes of late have cost.

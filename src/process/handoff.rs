@@ -1,5 +1,5 @@
-//! What the consul thread gives to nginx's thread: the latest set of each upstream, and lines for
-//! the log. Nothing here waits, but the consul thread for its set to be taken.
+//! What the consul thread gives to nginx's thread: the latest set of each upstream, what else is
+//! known of it, and lines for the log. Nothing here waits, but the consul thread for its set to be taken.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,6 +12,8 @@ use nginx_peers::Spec;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use super::clock::Moment;
+use super::record::{Report, ThreadRecord};
 use crate::failpoint;
 
 /// Lines that are kept while nginx's thread is busy; later ones are counted.
@@ -49,19 +51,37 @@ pub struct Handoff {
     taken: watch::Sender<u64>,
     /// The process only finishes what it has.
     exiting: AtomicBool,
+    /// What is to be told of the thread itself.
+    thread: Mutex<Option<ThreadRecord>>,
+    /// When the thread last said that it lives.
+    alive: AtomicU64,
+    /// How often it had to start again.
+    restarts: AtomicU64,
 }
 
 /// An upstream's place: the latest wins.
 #[derive(Default)]
 struct Slot {
     update: Option<Update>,
-    /// The set given last, for a thread that has to start over.
+    /// News of it.
+    report: Option<Report>,
+    /// What was given last, for a thread that has to start over.
     last: Arc<Vec<Spec>>,
+    told: Report,
+}
+
+/// What an upstream had before.
+#[derive(Default)]
+pub struct Before {
+    /// Its peers.
+    pub specs: Vec<Spec>,
+    /// What was told of it.
+    pub report: Report,
 }
 
 impl Handoff {
-    /// One slot for each upstream, with the peers that it has.
-    pub fn new(present: Vec<Vec<Spec>>) -> io::Result<Self> {
+    /// One slot for each upstream, with what it has.
+    pub fn new(present: Vec<Before>, restarts: u64) -> io::Result<Self> {
         // SAFETY: no pointer is passed; the descriptor that comes back is nobody else's.
         let wake = unsafe {
             match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
@@ -71,7 +91,10 @@ impl Handoff {
         };
         let slots = present
             .into_iter()
-            .map(|specs| Mutex::new(Slot { update: None, last: Arc::new(specs) }))
+            .map(|Before { specs, report }| {
+                let (last, told) = (Arc::new(specs), report);
+                Mutex::new(Slot { update: None, report: None, last, told })
+            })
             .collect();
         Ok(Self {
             slots,
@@ -80,7 +103,51 @@ impl Handoff {
             given: AtomicU64::new(0),
             taken: watch::Sender::new(0),
             exiting: AtomicBool::new(false),
+            thread: Mutex::default(),
+            alive: AtomicU64::new(0),
+            restarts: AtomicU64::new(restarts),
         })
+    }
+
+    /// Leaves news of an upstream. Whoever gives a set has told what belongs to it first; other
+    /// news waits for [`Self::beat`].
+    pub fn tell(&self, upstream: usize, report: Report) {
+        if let Some(slot) = self.slots.get(upstream) {
+            let mut slot = slot.lock();
+            slot.told.clone_from(&report);
+            slot.report = Some(report);
+        }
+    }
+
+    /// What was told last, or what was known before.
+    pub fn told(&self, upstream: usize) -> Report {
+        self.slots.get(upstream).map(|slot| slot.lock().told.clone()).unwrap_or_default()
+    }
+
+    /// The thread lives, and has told what there is. With a record of itself, that is news, too.
+    pub fn beat(&self, thread: Option<ThreadRecord>) {
+        if let Some(mut record) = thread {
+            record.restarts = self.restarts.load(Ordering::Relaxed);
+            *self.thread.lock() = Some(record);
+        }
+        self.alive.store(Moment::now().0, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// The thread has failed, and is about to start again.
+    pub fn fail(&self, thread: ThreadRecord) {
+        self.restarts.fetch_add(1, Ordering::Relaxed);
+        self.beat(Some(ThreadRecord { backoff: true, ..thread }));
+    }
+
+    /// When the thread last said that it lives.
+    pub fn alive(&self) -> Moment {
+        Moment(self.alive.load(Ordering::Relaxed))
+    }
+
+    /// Takes what is to be told of the thread.
+    pub fn take_thread(&self) -> Option<ThreadRecord> {
+        self.thread.lock().take()
     }
 
     /// From now on the process only finishes what it has: others may follow Consul by another
@@ -145,7 +212,11 @@ impl Handoff {
 
     /// Takes everything, on nginx's thread: lines first, then sets; a set whose application is to
     /// be tried again stays with who takes it.
-    pub fn take(&self, mut note: impl FnMut(Note), mut apply: impl FnMut(usize, Update)) {
+    pub fn take(
+        &self,
+        mut note: impl FnMut(Note),
+        mut apply: impl FnMut(usize, Option<Report>, Option<Update>),
+    ) {
         loop {
             match (&self.wake).read(&mut [0; 8]) {
                 Err(err) if err.kind() == ErrorKind::Interrupted => continue,
@@ -162,9 +233,12 @@ impl Handoff {
         }
         for (upstream, slot) in self.slots.iter().enumerate() {
             // The lock is not held while the set is applied.
-            let update = slot.lock().update.take();
-            if let Some(update) = update {
-                apply(upstream, update);
+            let (report, update) = {
+                let mut slot = slot.lock();
+                (slot.report.take(), slot.update.take())
+            };
+            if report.is_some() || update.is_some() {
+                apply(upstream, report, update);
             }
         }
         self.taken.send_replace(given);

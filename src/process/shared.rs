@@ -1,15 +1,19 @@
 //! What the workers of one generation share: a zone of our own.
 
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use nginx_sys::{
     NGX_ERROR, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pagesize, ngx_shared_memory_add, ngx_shm_zone_t,
-    ngx_slab_calloc, ngx_slab_pool_t, ngx_str_t,
+    ngx_slab_calloc, ngx_slab_page_t, ngx_slab_pool_t, ngx_str_t,
 };
 
+use super::board::{self, Place};
+use super::clock::Moment;
 use super::cost::Cost;
 use crate::conf::MainConf;
+use crate::guard::guard;
 use crate::ngx_http_consul_upstream_module;
 
 /// The zone's name, which stands in nginx's logs.
@@ -28,49 +32,110 @@ pub struct Shared {
     pub edit: AtomicU64,
     /// For each upstream, behind this structure.
     costs: AtomicPtr<Cost>,
+    /// What is known of each upstream, and behind them of the consul thread.
+    places: AtomicPtr<Place>,
+    /// How many upstreams there are.
+    upstreams: AtomicUsize,
+    /// When the zone was made.
+    loaded: AtomicU64,
+    /// When the consul thread last said that it lives; 0 is never.
+    heartbeat: AtomicU64,
 }
 
-/// Adds the zone to the configuration, with room for so many upstreams.
+/// Adds the zone to the configuration, with room for what is known of its upstreams.
 ///
 /// # Safety
 ///
-/// `cf` is the context of the http block.
-pub unsafe fn add(cf: *mut ngx_conf_t, upstreams: usize) -> Option<*mut ngx_shm_zone_t> {
+/// `cf` is the context of the http block, and `main` ours of it, complete.
+pub unsafe fn add(cf: *mut ngx_conf_t, main: &MainConf) -> Option<*mut ngx_shm_zone_t> {
     // SAFETY: the name is static; nginx copies the rest. The tag is the module, as usual.
     unsafe {
         let mut name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
-        // nginx's own tables, and what is here.
-        let size = 8 * ngx_pagesize + costs(upstreams).next_multiple_of(ngx_pagesize);
+        let size = size(main);
         let tag = ptr::addr_of_mut!(ngx_http_consul_upstream_module).cast();
         let zone = ngx_shared_memory_add(cf, &mut name, size, tag);
         if zone.is_null() {
             return None;
         }
         (*zone).init = Some(init);
-        // Until then: how much room for them there is.
-        (*zone).data = ptr::without_provenance_mut(costs(upstreams));
+        // Until then: whom it is for.
+        (*zone).data = ptr::from_ref(main).cast_mut().cast();
         // Every generation of workers has one of its own.
         (*zone).noreuse = 1;
         Some(zone)
     }
 }
 
+/// How large the zone has to be.
+fn size(main: &MainConf) -> usize {
+    // SAFETY: nginx writes the word once, before all.
+    let page = unsafe { ngx_pagesize };
+    let pages = |bytes: usize| bytes.div_ceil(page);
+    let records: usize = rooms(main).map(|room| pages(board::size(room))).sum();
+    let upstreams = main.upstreams.len();
+    let used = pages(costs(upstreams)) + pages(places(upstreams)) + records;
+    // nginx's own tables, and what is here.
+    8 * page + (used + pages(used * size_of::<ngx_slab_page_t>())) * page
+}
+
+/// How many bytes each record may have: of the upstreams, and of the thread.
+fn rooms(main: &MainConf) -> impl Iterator<Item = usize> {
+    let upstreams = main.upstreams.iter().map(|upstream| board::room(upstream.sources.len()));
+    upstreams.chain([board::room(0)])
+}
+
 /// # Safety
 ///
-/// As nginx calls it: the zone's memory is there.
-unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, _old: *mut core::ffi::c_void) -> ngx_int_t {
-    // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate.
-    unsafe {
-        let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
-        let shared: *mut Shared = ngx_slab_calloc(pool, size_of::<Shared>()).cast();
-        let costs = ngx_slab_calloc(pool, (*zone).data.addr());
-        if shared.is_null() || costs.is_null() {
-            return NGX_ERROR as ngx_int_t;
+/// As nginx calls it: the zone's memory is there. `old` is the data of the zone of this name in the
+/// configuration before, if that was this very module's, or null.
+unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, old: *mut core::ffi::c_void) -> ngx_int_t {
+    guard("the zone of the workers", NGX_ERROR as ngx_int_t, || {
+        // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate. Until now
+        // the data is what `add` has stored, a configuration that is complete; that of the old zone
+        // is what this function has made of it, and its workers are there still.
+        unsafe {
+            let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
+            let main = &*(*zone).data.cast::<MainConf>();
+            let upstreams = main.upstreams.len();
+            let shared: *mut Shared = ngx_slab_calloc(pool, size_of::<Shared>()).cast();
+            let costs = ngx_slab_calloc(pool, costs(upstreams));
+            let places: *mut Place = ngx_slab_calloc(pool, places(upstreams)).cast();
+            if shared.is_null() || costs.is_null() || places.is_null() {
+                return NGX_ERROR as ngx_int_t;
+            }
+            (*shared).costs.store(costs.cast(), Ordering::Relaxed);
+            (*shared).places.store(places, Ordering::Relaxed);
+            (*shared).upstreams.store(upstreams, Ordering::Relaxed);
+            (*shared).loaded.store(Moment::now().0, Ordering::Relaxed);
+            let names = main.upstreams.iter().map(|upstream| Some(&*upstream.name)).chain([None]);
+            for (number, (name, room)) in names.zip(rooms(main)).enumerate() {
+                let place = &*places.add(number);
+                let name = name.map_or(0, hash);
+                if !place.make(pool, name, room) {
+                    return NGX_ERROR as ngx_int_t;
+                }
+                // What was known goes on.
+                if name != 0
+                    && let Some(old) = old.cast::<Shared>().as_ref()
+                    && let Some(before) = old.all().iter().position(|place| place.name() == name)
+                {
+                    if let Some(record) = old.place(before).read() {
+                        place.write(&record);
+                    }
+                    (*shared).cost(number).add_repaired(old.cost(before).repaired());
+                }
+            }
+            (*zone).data = shared.cast();
+            NGX_OK as ngx_int_t
         }
-        (*shared).costs.store(costs.cast(), Ordering::Relaxed);
-        (*zone).data = shared.cast();
-        NGX_OK as ngx_int_t
-    }
+    })
+}
+
+/// An upstream's name in brief; never 0.
+fn hash(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish().max(1)
 }
 
 /// How many bytes the costs of so many upstreams take.
@@ -78,7 +143,47 @@ fn costs(upstreams: usize) -> usize {
     upstreams.max(1) * size_of::<Cost>()
 }
 
+/// How many bytes the places of so many upstreams, and of the thread, take.
+fn places(upstreams: usize) -> usize {
+    (upstreams + 1) * size_of::<Place>()
+}
+
 impl Shared {
+    /// The places of the upstreams, in the configuration's order, and of the thread.
+    fn all(&self) -> &[Place] {
+        let len = self.upstreams.load(Ordering::Relaxed) + 1;
+        // SAFETY: `init` has made so many, before anybody has this structure.
+        unsafe { core::slice::from_raw_parts(self.places.load(Ordering::Relaxed), len) }
+    }
+
+    /// What is known of an upstream; it is one of those that the zone was made for.
+    pub fn place(&self, upstream: usize) -> &Place {
+        &self.all()[upstream]
+    }
+
+    /// What is known of the consul thread.
+    pub fn thread_place(&self) -> &Place {
+        &self.all()[self.upstreams.load(Ordering::Relaxed)]
+    }
+
+    /// When the zone was made.
+    pub fn loaded(&self) -> Moment {
+        Moment(self.loaded.load(Ordering::Relaxed))
+    }
+
+    /// When the consul thread last said that it lives.
+    pub fn heartbeat(&self) -> Option<Moment> {
+        match self.heartbeat.load(Ordering::Relaxed) {
+            0 => None,
+            at => Some(Moment(at)),
+        }
+    }
+
+    /// The consul thread says that it lives.
+    pub fn beat(&self, at: Moment) {
+        self.heartbeat.store(at.0, Ordering::Relaxed);
+    }
+
     /// What changes of an upstream cost; it is one of those that the zone was made for.
     pub fn cost(&self, upstream: usize) -> &Cost {
         // SAFETY: `init` has made them, for all upstreams of the configuration.

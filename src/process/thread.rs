@@ -3,6 +3,7 @@
 //! It calls no nginx function and touches no shared memory. It ends within a bound: its runtime
 //! has no pool of threads for blocking calls, and dropping it drops whatever waits.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use consul_watch::backoff::Backoff;
 use consul_watch::error::{Retry, printable};
+use consul_watch::pool::AgentInfo;
 use consul_watch::query::Parameter;
 use consul_watch::resolver::Resolver;
 use consul_watch::watch::follow;
@@ -20,12 +22,20 @@ use consul_watch::{Names, Pool};
 use nginx_sys::{NGX_LOG_CRIT, NGX_LOG_WARN};
 use tokio::sync::oneshot;
 use tokio::task::{LocalSet, spawn_local};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::assembly::{Assembly, Lines};
+use super::clock::Moment;
 use super::handoff::Handoff;
 use super::plan::{Plan, WatchPlan};
+use super::record::{AGENTS, Agent, ThreadRecord, brief};
 use crate::{failpoint, guard};
+
+/// What is no change of a set is told so often at most.
+const NEWS: Duration = Duration::from_secs(1);
+
+/// Without news the thread says so often that it lives.
+const BEAT: Duration = Duration::from_secs(5);
 
 /// The thread, and how to end it.
 pub struct Thread {
@@ -81,11 +91,12 @@ impl Drop for BlockedSignals {
 /// The thread's main function: runs until it is told to stop, whatever panics.
 fn run(plan: Plan, handoff: Arc<Handoff>, mut stopped: oneshot::Receiver<Infallible>) {
     let mut backoff = Backoff::default();
+    let started = Moment::now();
     loop {
         let result = catch_unwind(AssertUnwindSafe(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let tasks = LocalSet::new();
-            let watches = supervise(plan.clone(), handoff.clone());
+            let watches = supervise(plan.clone(), handoff.clone(), started);
             runtime.block_on(tasks.run_until(async {
                 tokio::select! {
                     _ = &mut stopped => Ok::<(), io::Error>(()),
@@ -99,12 +110,18 @@ fn run(plan: Plan, handoff: Arc<Handoff>, mut stopped: oneshot::Receiver<Infalli
             Err(panic) => guard::text(&**panic).to_owned(),
         };
         handoff.note(NGX_LOG_CRIT, format!("consul: the thread failed and starts again: {text}"));
+        handoff.fail(itself(started));
         // Bounded by the first steps of the back-off; a thread that fails at once must not spin.
         let wait = backoff.next(Retry::BackOff).min(Duration::from_secs(1));
         if pause(wait, &mut stopped) {
             return;
         }
     }
+}
+
+/// What the thread says of itself, but for the agents.
+fn itself(started: Moment) -> ThreadRecord {
+    ThreadRecord { pid: std::process::id(), started, ..ThreadRecord::default() }
 }
 
 /// Waits without a runtime, and returns early, and `true`, when the thread is to end.
@@ -125,7 +142,7 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 }
 
 /// Runs all watches. One that panics is started again; the others do not notice.
-async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
+async fn supervise(plan: Plan, handoff: Arc<Handoff>, started: Moment) -> Infallible {
     failpoint::panic("thread");
     let datacenters: Vec<Option<String>> =
         plan.watches.iter().map(|watch| datacenter(&plan, watch)).collect();
@@ -133,7 +150,7 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
         .upstreams
         .into_iter()
         .enumerate()
-        .map(|(number, plan)| Assembly::new(plan, &handoff.last(number)))
+        .map(|(number, plan)| Assembly::new(plan, &handoff.last(number), &handoff.told(number)))
         .collect();
     if let Some(store) = &plan.store {
         for number in 0..upstreams.len() {
@@ -163,7 +180,48 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>) -> Infallible {
         };
         spawn_local(watcher.run());
     }
-    std::future::pending().await
+    news(&upstreams, &pool, &handoff, started).await
+}
+
+/// Tells what is new, once a second if there is anything, and now and then that the thread lives.
+async fn news(
+    upstreams: &[Assembly],
+    pool: &Pool,
+    handoff: &Handoff,
+    started: Moment,
+) -> Infallible {
+    let mut told: Option<Vec<Agent>> = None;
+    let mut beat: Option<Instant> = None;
+    loop {
+        let mut any = false;
+        for (number, assembly) in upstreams.iter().enumerate() {
+            if let Some(report) = assembly.news() {
+                handoff.tell(number, report);
+                any = true;
+            }
+        }
+        let agents = agents(upstreams, pool);
+        let is_news = told.as_ref() != Some(&agents);
+        let record = is_news.then(|| ThreadRecord { agents: agents.clone(), ..itself(started) });
+        if any || is_news || beat.is_none_or(|at| at.elapsed() >= BEAT) {
+            told = Some(agents);
+            beat = Some(Instant::now());
+            handoff.beat(record);
+        }
+        sleep(NEWS).await;
+    }
+}
+
+/// The agents in use, the first ones.
+fn agents(upstreams: &[Assembly], pool: &Pool) -> Vec<Agent> {
+    let mut up = HashMap::new();
+    upstreams.iter().for_each(|assembly| assembly.reached(&mut up));
+    let one = |AgentInfo { address, version, connections }| {
+        let address = address.to_string();
+        let up = up.get(&address).is_some_and(|(_, works)| *works);
+        Agent { address: brief::<256>(&address), up, version, connections }
+    };
+    pool.agents().into_iter().take(AGENTS).map(one).collect()
 }
 
 /// In which datacenter a watch's agents were, as what is stored says. The instances of a query that

@@ -23,6 +23,7 @@ mod retries;
 mod secure;
 mod size;
 mod state;
+mod status;
 mod truth;
 mod upgrade;
 mod zone;

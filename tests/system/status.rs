@@ -1,0 +1,591 @@
+//! The status: what it says of discovery and of each peer, in three formats, from any worker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use testbed::Status;
+use testbed::http::{self, Answer, Conn};
+use testbed::{Check, Service, nginx};
+
+use crate::common::{Instance, RawConn, Serve, Stage, every_worker_serves, serves, watch};
+
+/// A wait after which an answer counts for 2 × (1.06 s + 12 s).
+const SHORT: &str = "consul_wait 1s;";
+
+/// A location with the status beside what passes requests to `web`.
+fn with_status(builder: nginx::Builder, addr: SocketAddr, guard: &str) -> nginx::Builder {
+    builder.listen(addr).http(format!(
+        "server {{ listen {addr} reuseport; location /consul {{ {guard} consul_status; \
+         add_header X-Worker $pid always; }}
+         location = /exact {{ consul_status; }}
+         location ~ ^/regex {{ consul_status; }}
+         location / {{ return 200; add_header X-Worker $pid; }} }}"
+    ))
+}
+
+/// An address for the location.
+fn own_addr(stage: &Stage) -> SocketAddr {
+    (stage.net.ip(90), stage.net.port()).into()
+}
+
+#[track_caller]
+fn get(addr: SocketAddr, path: &str) -> Answer {
+    http::get(addr, path).unwrap()
+}
+
+#[track_caller]
+fn document(addr: SocketAddr) -> Value {
+    let answer = get(addr, "/consul");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.json()
+}
+
+fn app(document: &Value) -> &Value {
+    &document["upstreams"]["web"]
+}
+
+/// Waits until the document is as it should be.
+#[track_caller]
+fn shows(addr: SocketAddr, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+    watch(what, || {
+        let document = http::get(addr, "/consul").map_err(|err| err.to_string())?.json();
+        if is(app(&document)) { Ok(document) } else { Err(document.to_string()) }
+    })
+}
+
+/// The document without what differs from worker to worker and from moment to moment.
+fn steady(mut document: Value) -> Value {
+    document["now"].take();
+    document["nginx"]["pid"].take();
+    document["thread"]["heartbeat"].take();
+    document["agents"].take();
+    for upstream in document["upstreams"].as_object_mut().unwrap().values_mut() {
+        for source in upstream["sources"].as_array_mut().unwrap() {
+            for field in ["last_success", "answers", "index"] {
+                source[field].take();
+            }
+        }
+        for field in ["since", "last_change"] {
+            rounded(&mut upstream[field]);
+        }
+        for row in upstream["peers"].as_array_mut().unwrap() {
+            rounded(&mut row["since"]);
+            rounded(&mut row["selected"]);
+        }
+        for row in upstream["changes"].as_array_mut().unwrap() {
+            rounded(&mut row["time"]);
+        }
+    }
+    rounded(&mut document["since"]);
+    rounded(&mut document["nginx"]["load_timestamp"]);
+    rounded(&mut document["thread"]["started"]);
+    document
+}
+
+/// Two clocks are read one after the other: a time may differ by a millisecond.
+fn rounded(time: &mut Value) {
+    if time.is_string() {
+        *time = "a time".into();
+    }
+}
+
+#[test]
+fn every_worker_serves_the_three_formats() {
+    let stage = Stage::set("status");
+    let web: [Instance; 3] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().workers(4).upstream("web", "consul_upstream web;");
+    let nginx = with_status(builder, addr, "").start();
+    every_worker_serves(&nginx, &["web-1", "web-2", "web-3"]);
+    let first = watch("the agent is up", || {
+        let document = document(addr);
+        let up = document["agents"][0]["up"] == true;
+        if up { Ok(document) } else { Err(document.to_string()) }
+    });
+    assert_eq!(app(&first)["sync"], "in-sync");
+    assert_eq!(first["in_sync"], true, "{first}");
+    assert_eq!(first["version"], 1);
+    assert_eq!(first["thread"]["state"], "running");
+    assert_eq!(first["agents"][0]["address"], stage.consul.url());
+    let source = &app(&first)["sources"][0];
+    assert_eq!(source["service"], "web");
+    assert_eq!(source["registered"], 3);
+    assert_eq!(source["serving"], 3);
+    assert_eq!(source["errors"]["transport"], 0);
+    assert!(source["last_success"].is_string(), "{source}");
+    let peers = app(&first)["peers"].as_array().unwrap();
+    let ids: Vec<_> = peers.iter().map(|peer| peer["service_id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["web-1", "web-2", "web-3"]);
+    for peer in peers {
+        assert_eq!(peer["state"], "up", "{peer}");
+        assert_eq!(peer["node"], stage.consul.node());
+        assert_eq!(peer["source"], 1);
+        assert_eq!(peer["status"], "passing");
+        assert_eq!(peer["datacenter"], "dc1");
+    }
+    assert_eq!(app(&first)["changes"][0]["added"], 3);
+
+    let mut conns = http::worker_conns(addr, nginx.worker_pids()).unwrap();
+    assert_eq!(conns.len(), 4);
+    let mut seen = BTreeSet::new();
+    for round in 0..50 {
+        for (pid, conn) in &mut conns {
+            let document = conn.get("/consul").unwrap().json();
+            assert_eq!(document["nginx"]["pid"], *pid);
+            seen.insert(steady(document).to_string());
+            if round == 0 {
+                let page = conn.get("/consul?format=html").unwrap();
+                assert_eq!(page.status, 200);
+                assert!(page.text().contains("web-2"), "{}", page.text());
+                let metrics = conn.get("/consul?format=prometheus").unwrap();
+                assert_eq!(
+                    metrics.header("content-type"),
+                    "text/plain; version=0.0.4; charset=utf-8"
+                );
+                let text = metrics.text();
+                assert!(text.contains("nginx_consul_upstream_in_sync{"), "{text}");
+                assert!(text.contains("nginx_consul_thread_up 1\n"), "{text}");
+            }
+        }
+    }
+    assert_eq!(seen.len(), 1, "200 requests over four workers: {seen:#?}");
+}
+
+#[test]
+fn what_a_request_gets() {
+    let stage = Stage::set("status-requests");
+    let web: [Instance; 1] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().upstream("web", "consul_upstream web;");
+    let nginx = with_status(builder, addr, "").start();
+    serves(nginx.addr(), &["web-1"]);
+    shows(addr, "in sync", |app| app["sync"] == "in-sync");
+
+    let mut conn = Conn::open(addr).unwrap();
+    for (accept, kind) in [
+        ("*/*", "application/json"),
+        ("text/html,application/xhtml+xml;q=0.9", "text/html; charset=utf-8"),
+        ("application/openmetrics-text;version=1.0.0", "text/plain; version=0.0.4; charset=utf-8"),
+    ] {
+        let answer = conn.request("GET", "/consul", &[("accept", accept)], "").unwrap();
+        assert_eq!((answer.status, answer.header("content-type")), (200, kind));
+        assert_eq!(answer.header("vary"), "Accept");
+        assert_eq!(answer.header("cache-control"), "no-store");
+        assert_eq!(answer.header("x-content-type-options"), "nosniff");
+        assert_eq!(answer.header("referrer-policy"), "no-referrer");
+        assert_eq!(answer.header("content-length"), answer.body.len().to_string());
+        let policy = answer.header("content-security-policy");
+        assert_eq!(policy.contains("default-src 'none'"), kind.starts_with("text/html"));
+        let head = conn.request("HEAD", "/consul", &[("accept", accept)], "").unwrap();
+        assert_eq!((head.status, head.header("content-type")), (200, kind));
+        assert!(head.body.is_empty());
+    }
+    let fails = [
+        ("POST", "/consul", 405),
+        ("DELETE", "/consul/upstreams/web", 405),
+        ("GET", "/consul/nowhere", 404),
+        ("GET", "/consul/upstreams/other", 404),
+        ("HEAD", "/consul/upstreams/other", 404),
+        ("GET", "/consul?format=xml", 400),
+        ("GET", "/consul?format=prometheus&peers=all", 400),
+    ];
+    for (method, path, status) in fails {
+        let answer = conn.request(method, path, &[], "a body that nobody reads").unwrap();
+        assert_eq!(answer.status, status, "{method} {path}");
+        assert_eq!(answer.header("content-type"), "application/json");
+        if status == 405 {
+            assert_eq!(answer.header("allow"), "GET, HEAD");
+        }
+        if method != "HEAD" {
+            assert_eq!(answer.json()["error"]["status"], status);
+        }
+    }
+    for path in
+        ["/consul/", "/consul/upstreams/web", "/consul/upstreams/w%65b", "/exact", "/regex/x"]
+    {
+        let answer = conn.get(path).unwrap();
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+        assert!(app(&answer.json()).is_object(), "{path}");
+    }
+    // A condition is none of its business.
+    let answer = conn.request("GET", "/consul", &[("if-match", "\"x\"")], "").unwrap();
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("etag"), "");
+    assert_eq!(nginx.log_count("[alert]"), 0);
+}
+
+#[test]
+fn the_location_is_guarded_as_any() {
+    let stage = Stage::set("status-guard");
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().upstream("web", "consul_upstream web;");
+    let mut nginx = with_status(builder, addr, "deny all;").start();
+    assert_eq!(get(addr, "/consul").status, 403);
+    nginx.configure(|builder| {
+        let builder = builder.clear_http();
+        let builder = builder.http(format!("consul_address {};", stage.consul.url()));
+        let builder = builder.upstream("web", "consul_upstream web;");
+        with_status(builder, addr, "allow 127.0.0.0/8; deny all;")
+    });
+    nginx.reload();
+    watch("the new configuration", || match get(addr, "/consul").status {
+        200 => Ok(()),
+        status => Err(status.to_string()),
+    });
+}
+
+/// Without an upstream that follows Consul there is nothing to tell, and nothing is wrong.
+#[test]
+fn without_upstreams_the_document_is_empty() {
+    let stage = Stage::set("status-empty");
+    let addr = own_addr(&stage);
+    let nginx = with_status(stage.nginx(), addr, "").start();
+    let document = document(addr);
+    assert_eq!(document["in_sync"], true, "{document}");
+    assert_eq!(document["upstreams"], json!({}));
+    assert_eq!(document["thread"]["state"], "starting");
+    assert_eq!(get(addr, "/consul?format=html").status, 200);
+    assert_eq!(crate::common::followers(&nginx), Vec::<u32>::new());
+}
+
+#[test]
+fn every_instance_that_does_not_serve_says_why() {
+    let stage = Stage::set("status-reasons");
+    let net = &stage.net;
+    let start = |id: &str| Instance::start(net, "web", id).with(|it| it.tag("app"));
+    let good = start("web-good");
+    let maintained = start("web-maintained");
+    let untagged = Instance::start(net, "web", "web-untagged");
+    let critical =
+        start("web-critical").with(|it| it.check(Check::ttl().initially(Status::Critical)));
+    let warning = start("web-warning")
+        .with(|it| it.check(Check::ttl().initially(Status::Warning)).weights(1, 0));
+    let portless = start("web-portless").with(|it| it.port(0));
+    let named = start("web-named").with(|it| it.address("no-such-host.invalid"));
+    let nonsense = start("web-nonsense").with(|it| it.address("1.2.3"));
+    let twin = Service::new("web", "web-twin", good.addr()).tag("app");
+    stage.register([
+        &good,
+        &maintained,
+        &untagged,
+        &critical,
+        &warning,
+        &portless,
+        &named,
+        &nonsense,
+    ]);
+    stage.consul.register(&twin);
+    // What an agent would refuse the catalog takes.
+    let body = json!({
+        "Node": "elsewhere",
+        "Address": "127.0.0.1",
+        "Service": { "ID": "web-overflown", "Service": "web", "Tags": ["app"], "Port": 70000 },
+    });
+    stage.consul.put("/v1/catalog/register", &body.to_string());
+    stage.consul.maintenance("web-maintained", true, "a reason of somebody");
+
+    let addr = own_addr(&stage);
+    let builder = stage
+        .nginx()
+        .upstream("web", "consul_upstream web tag=app;")
+        .http("upstream tolerant { zone tolerant 256k; consul_upstream web health=warning; }");
+    let nginx = with_status(builder, addr, "").start();
+    serves(nginx.addr(), &["web-good"]);
+    let expected: BTreeMap<&str, &str> = [
+        ("web-maintained", "maintenance"),
+        ("web-untagged", "tag"),
+        ("web-critical", "critical"),
+        ("web-warning", "warning"),
+        ("web-portless", "no-port"),
+        ("web-overflown", "invalid-port"),
+        ("web-named", "unresolved"),
+        ("web-nonsense", "invalid-address"),
+        ("web-twin", "duplicate"),
+    ]
+    .into();
+    let reasons = |app: &Value| -> BTreeMap<String, String> {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let rows = app["excluded"].as_array().cloned().unwrap_or_default();
+        rows.iter().map(|row| (text(&row["service_id"]), text(&row["reason"]))).collect()
+    };
+    let document = shows(addr, "all reasons", |app| {
+        let reasons = reasons(app);
+        reasons.len() == expected.len()
+            && reasons.iter().all(|(id, reason)| expected.get(&**id) == Some(&&**reason))
+    });
+    let source = &app(&document)["sources"][0];
+    assert_eq!(source["registered"], 10);
+    assert_eq!(source["serving"], 1);
+    for reason in expected.values() {
+        assert_eq!(source["excluded"][reason], 1, "{source}");
+    }
+    // A weight of 0 is one for an instance that warns.
+    let tolerant = &document["upstreams"]["tolerant"]["excluded"];
+    let weightless = tolerant.as_array().unwrap().iter().find(|it| it["reason"] == "weight-0");
+    assert_eq!(weightless.expect("a weight of 0")["service_id"], "web-warning");
+    let rows = app(&document)["excluded"].as_array().unwrap();
+    let untagged = rows.iter().find(|row| row["service_id"] == "web-untagged").unwrap();
+    assert_eq!(untagged["detail"], "app");
+    assert!(untagged["since"].is_string());
+    let metrics = get(addr, "/consul?format=prometheus").text();
+    let page = get(addr, "/consul?format=html").text();
+    for (id, reason) in &expected {
+        let series = format!(
+            "nginx_consul_source_excluded{{upstream=\"web\",protocol=\"http\",source=\"1\",\
+             reason=\"{reason}\"}} 1\n"
+        );
+        assert!(metrics.contains(&series), "{series} {metrics}");
+        assert!(page.contains(id) && page.contains(reason), "{id}: {page}");
+    }
+    assert!(!document.to_string().contains("a reason of somebody"), "{document}");
+
+    // Back, and the reason's count goes on with nobody.
+    stage.consul.maintenance("web-maintained", false, "");
+    let document = shows(addr, "back from maintenance", |app| {
+        app["peers"].as_array().is_some_and(|peers| peers.len() == 2)
+    });
+    assert_eq!(app(&document)["sources"][0]["excluded"]["maintenance"], Value::Null);
+    let metrics = get(addr, "/consul?format=prometheus").text();
+    assert!(metrics.contains("reason=\"maintenance\"} 0\n"), "{metrics}");
+    assert_eq!(app(&document)["changes"][0]["added"], 1);
+    let first = app(&document)["changes"][0]["first"][0].as_str().unwrap();
+    assert_eq!(first, format!("+{}", maintained.addr()));
+}
+
+/// Consul dies: the errors count, and when the last answer is too old the status says so; when it
+/// is back, all is well again, and nothing is forgotten.
+#[test]
+fn a_consul_that_is_gone_is_stale_and_comes_back() {
+    let mut stage = Stage::with("status-stale", |consul| consul.persistent());
+    let web: [Instance; 2] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().http(SHORT).workers(2).upstream("web", "consul_upstream web;");
+    let mut nginx = with_status(builder, addr, "").start();
+    nginx.allow_log("[error]");
+    serves(nginx.addr(), &["web-1", "web-2"]);
+    let before = shows(addr, "in sync", |app| app["sync"] == "in-sync");
+    stage.consul.kill();
+    let begin = Instant::now();
+    let document = shows(addr, "an error of transport", |app| {
+        app["sources"][0]["errors"]["transport"].as_u64() > Some(0)
+    });
+    let source = &app(&document)["sources"][0];
+    assert_eq!(source["last_error"]["cause"], "transport");
+    assert_eq!(document["agents"][0]["up"], false, "{document}");
+    assert_eq!(app(&document)["sync"], "in-sync", "a single error does not matter");
+    assert!(source["last_success"].is_string());
+
+    // 26 s later.
+    thread::sleep(Duration::from_secs(20).saturating_sub(begin.elapsed()));
+    let document = shows(addr, "stale", |app| app["sync"] == "stale");
+    assert!(begin.elapsed() > Duration::from_secs(24), "{:?}", begin.elapsed());
+    assert_eq!(document["in_sync"], false);
+    assert_eq!(document["thread"]["state"], "running");
+    assert_ne!(app(&document)["since"], app(&before)["since"]);
+    assert_eq!(app(&document)["peers"].as_array().unwrap().len(), 2, "they serve all the same");
+    let metrics = get(addr, "/consul?format=prometheus").text();
+    assert!(metrics.contains("nginx_consul_source_stale{upstream=\"web\""), "{metrics}");
+    assert_eq!(get(addr, "/consul").status, 200);
+
+    stage.consul.restart();
+    let back = shows(addr, "in sync again", |app| app["sync"] == "in-sync");
+    let source = &app(&back)["sources"][0];
+    assert_eq!(source["last_error"]["cause"], "transport", "it is remembered");
+    assert!(source["errors"]["transport"].as_u64() > Some(0));
+    assert_eq!(back["in_sync"], true, "{back}");
+
+    // A reload forgets nothing of it.
+    let errors = source["errors"]["transport"].as_u64();
+    let changes = app(&back)["changes"].clone();
+    nginx.reload();
+    let document = shows(addr, "in sync after a reload", |app| app["sync"] == "in-sync");
+    let source = &app(&document)["sources"][0];
+    assert!(source["errors"]["transport"].as_u64() >= errors, "{source}");
+    assert_eq!(app(&document)["changes"][0]["first"], changes[0]["first"]);
+}
+
+#[test]
+fn what_is_held_serves_and_says_so() {
+    let stage = Stage::set("status-held");
+    let web: [Instance; 3] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().upstream("web", "consul_upstream web hold=10s;");
+    let nginx = with_status(builder, addr, "").start();
+    serves(nginx.addr(), &["web-1", "web-2", "web-3"]);
+    shows(addr, "in sync", |app| app["sync"] == "in-sync");
+    for id in ["web-1", "web-2", "web-3"] {
+        stage.consul.deregister(id);
+    }
+    let document =
+        shows(addr, "held", |app| app["held"] == 1 || app["held"] == 2 || app["held"] == 3);
+    assert_eq!(app(&document)["sync"], "held");
+    assert_eq!(document["in_sync"], false);
+    assert!(app(&document)["held_until"].is_string());
+    let peers = app(&document)["peers"].as_array().unwrap();
+    assert!(peers.iter().any(|peer| peer["kept_by"] == "guard"), "{document}");
+    let document = shows(addr, "let go", |app| app["peers"].as_array().is_some_and(Vec::is_empty));
+    assert_eq!(app(&document)["held"], 0);
+    assert_eq!(app(&document)["updates"]["held"], 1);
+    assert_eq!(app(&document)["sync"], "in-sync");
+}
+
+/// A set that does not fit is told with those who would serve if it did.
+#[test]
+fn a_set_that_is_refused_says_who_is_missing() {
+    let stage = Stage::set("status-refused");
+    let web: [Instance; 1] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let upstream = "upstream web { zone web 32k; consul_upstream web; }";
+    let builder = stage.nginx().http(upstream).server("web");
+    let mut nginx = with_status(builder, addr, "").start();
+    nginx.allow_log("is full");
+    serves(nginx.addr(), &["web-1"]);
+    let more: Vec<Service> = (0..60u8)
+        .map(|n| {
+            let addr = SocketAddr::from(([127, 9, 0, n + 1], 80));
+            Service::new("web", &format!("web-more-{n:02}"), addr)
+        })
+        .collect();
+    stage.consul.register_all(&more);
+    let all = shows(addr, "refused", |app| {
+        app["sync"] == "refused" && app["sources"][0]["registered"] == 61
+    });
+    let source = &app(&all)["sources"][0];
+    // They came one after the other: some were in time.
+    let missing = source["excluded"]["not-applied"].as_u64().unwrap();
+    assert!(missing > 32, "{source}");
+    assert_eq!(source["serving"], 61 - missing);
+    assert_eq!(all["in_sync"], false);
+    assert!(app(&all)["updates"]["refused"].as_u64() > Some(0));
+    let rows = app(&all)["excluded"].as_array().unwrap();
+    assert_eq!(rows.len(), 32);
+    assert!(rows.iter().all(|row| row["reason"] == "not-applied" && row["source"] == 1));
+    assert_eq!(app(&all)["excluded_omitted"], missing - 32);
+    let metrics = get(addr, "/consul?format=prometheus").text();
+    assert!(metrics.contains(&format!("reason=\"not-applied\"}} {missing}\n")), "{metrics}");
+    for service in &more {
+        stage.consul.deregister(&service.id);
+    }
+    let back = shows(addr, "in sync again", |app| app["sync"] == "in-sync");
+    assert_eq!(app(&back)["sources"][0]["excluded"]["not-applied"], Value::Null);
+}
+
+/// What Consul was told by somebody with bad intentions harms nobody, and what is secret is not
+/// shown.
+#[test]
+fn hostile_text_is_harmless_and_secrets_are_not_shown() {
+    const TOKEN: &str = "b1gs3cr3t-0000-4000-8000-00000000cafe";
+    let stage = Stage::set("status-hostile");
+    let evil = "<script>alert(1)</script>\"'\u{202e}&";
+    let long = "x".repeat(120);
+    let bad = Instance::start(&stage.net, "web", "bad")
+        .with(|it| Service::new("web", evil, "127.0.0.1:9".parse().unwrap()).tag(&it.name));
+    let out = Instance::start(&stage.net, "web", &long).with(|it| it.port(0));
+    stage.register([&bad, &out]);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().http(format!("consul_token {TOKEN};"));
+    let builder = builder.upstream("web", "consul_upstream web;");
+    let _nginx = with_status(builder, addr, "").start();
+    shows(addr, "both", |app| {
+        app["sources"][0]["registered"] == 2 && app["excluded"].as_array().unwrap().len() == 1
+    });
+    for format in ["json", "html", "prometheus"] {
+        let text = get(addr, &format!("/consul?format={format}")).text();
+        // In plain text it is nothing but text.
+        assert!(format == "prometheus" || !text.contains("<script>alert"), "{format}: {text}");
+        assert!(!text.contains('\u{202e}'), "{format}");
+        assert!(!text.contains(&long), "{format}: it is cut");
+        assert!(!text.contains("s3cr3t"), "{format}");
+    }
+    let document = document(addr);
+    let id = app(&document)["peers"][0]["service_id"].as_str().unwrap();
+    assert!(id.starts_with("<script>alert(1)"), "{id}");
+}
+
+/// What a reader of the counters sees is what its clients did, also after a reload.
+#[test]
+fn requests_are_counted_by_peer() {
+    let stage = Stage::set("status-counters");
+    let web: [Instance; 2] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder =
+        stage.nginx().workers(2).upstream("web", "server 127.0.0.9:1 down; consul_upstream web;");
+    let mut nginx = with_status(builder, addr, "").start();
+    serves(nginx.addr(), &["web-1", "web-2"]);
+    let sums = |what: &str| {
+        let document = document(addr);
+        let peers = app(&document)["peers"].as_array().unwrap().clone();
+        let counted = |peer: &Value| peer["responses"][what].as_u64();
+        let sum: u64 = peers.iter().filter_map(counted).sum();
+        let requests: u64 = peers.iter().filter_map(|peer| peer["requests"].as_u64()).sum();
+        (requests, sum, document)
+    };
+    let requests = |n: usize, status: u16| {
+        let mut conn = Conn::open(nginx.addr()).unwrap();
+        for _ in 0..n {
+            assert_eq!(conn.get("/").unwrap().status, status);
+        }
+    };
+    let (before, ok, document) = sums("2xx");
+    assert!(app(&document)["peers"][0]["requests"].is_null(), "a static server has no counters");
+    requests(100, 200);
+    let (after, now_ok, document) = sums("2xx");
+    assert_eq!((after - before, now_ok - ok), (100, 100), "{document}");
+    let peer = &app(&document)["peers"][1];
+    assert!(peer["sent"].as_u64() > Some(0) && peer["received"].as_u64() > Some(0), "{peer}");
+    assert!(peer["selected"].is_string() && peer["id"].is_u64());
+    web.iter().for_each(|it| it.backend.set_status(404));
+    requests(10, 404);
+    let (total, missing, document) = sums("4xx");
+    assert_eq!((total - after, missing), (10, 10), "{document}");
+    let ids = |document: &Value| {
+        let peers = app(document)["peers"].as_array().unwrap();
+        peers.iter().map(|peer| peer["id"].as_u64()).collect::<Vec<_>>()
+    };
+    let before = ids(&document);
+    nginx.reload();
+    let (reloaded, _, document) = sums("4xx");
+    assert_eq!(reloaded, total, "{document}");
+    assert_eq!(ids(&document), before);
+}
+
+/// An answer that is larger than what a client reads at a time comes whole, and a client that
+/// reads nothing stops nobody.
+#[test]
+fn a_large_answer_comes_as_the_client_reads() {
+    let stage = Stage::set("status-large");
+    let services: Vec<Service> = (0..600u16)
+        .map(|n| {
+            let addr = SocketAddr::from(([127, 9, (n / 200) as u8, (n % 200) as u8 + 1], 80));
+            Service::new("web", &format!("web-{n:04}"), addr)
+        })
+        .collect();
+    stage.consul.register_all(&services);
+    let addr = own_addr(&stage);
+    let upstream = "upstream web { zone web 4m; consul_upstream web; }";
+    let nginx = with_status(stage.nginx().http(upstream), addr, "").start();
+    shows(addr, "all", |app| app["sources"][0]["serving"] == 600);
+    let mut slow = RawConn::to_worker(addr, nginx.worker_pids()[0]);
+    slow.send("GET /consul HTTP/1.1\r\nHost: any\r\n\r\n");
+    for _ in 0..5 {
+        let answer = get(addr, "/consul");
+        assert_eq!(answer.header("content-length"), "", "it is chunked");
+        let peers = answer.json();
+        assert_eq!(app(&peers)["peers"].as_array().unwrap().len(), 600);
+        assert!(answer.body.len() > 200_000, "{}", answer.body.len());
+    }
+    let page = get(addr, "/consul?format=prometheus&peers=none");
+    assert_eq!(page.status, 200);
+    assert!(page.text().ends_with('\n'));
+    drop(slow);
+    assert_eq!(nginx.log_count("[alert]"), 0, "{}", nginx.log());
+}
