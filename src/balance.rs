@@ -14,6 +14,7 @@ use core::mem::offset_of;
 use core::{ptr, slice};
 use std::time::Instant;
 
+use nginx_peers::Label;
 use nginx_peers::meter::{self, Attempt, Meter};
 use nginx_peers::retry::Attempts;
 use nginx_sys::{
@@ -43,6 +44,34 @@ struct Balancer {
     attempts: Attempts,
     /// The peer that the request holds, if it has a meter.
     peer: *mut ngx_http_upstream_rr_peer_t,
+    /// The label of the peer that was given last, and its length: the peer itself may be gone when
+    /// the request is logged.
+    label: ([u8; Label::SIZE], usize),
+}
+
+/// What a request's last peer was, and whose.
+pub struct Last {
+    pub upstream: *mut ngx_http_upstream_srv_conf_t,
+    pub label: Label,
+}
+
+/// The peer that a request was given last; none where that was no instance of Consul's.
+///
+/// # Safety
+///
+/// `request` is live.
+pub unsafe fn last_peer(request: *mut ngx_http_request_t) -> Option<Last> {
+    let ours: unsafe extern "C" fn(*mut ngx_peer_connection_t, *mut c_void) -> ngx_int_t = get;
+    // SAFETY: the caller's promise. Where the callback is ours, so are the data, which live in the
+    // request's pool.
+    unsafe {
+        let pc = &(*request).upstream.as_ref()?.peer;
+        if !pc.get.is_some_and(|get| ptr::fn_addr_eq(get, ours)) {
+            return None;
+        }
+        let Balancer { upstream, label: (label, len), .. } = &*pc.data.cast::<Balancer>();
+        Some(Last { upstream: *upstream, label: Label::read(label.get(..*len)?)? })
+    }
 }
 
 /// The fields of `ngx_peer_connection_t` that a balancer fills in.
@@ -87,7 +116,8 @@ pub unsafe extern "C" fn init_peer(
         }
         let (inner, attempts) = (Inner::of(pc), Attempts::new(limit));
         let peer = ptr::null_mut();
-        balancer.write(Balancer { request, upstream, inner, config, attempts, peer });
+        let label = ([0; Label::SIZE], 0);
+        balancer.write(Balancer { request, upstream, inner, config, attempts, peer, label });
         (*balancer).wrap(pc);
         OK
     }
@@ -283,9 +313,12 @@ impl Balancer {
                 (*pc).name.wrapping_byte_sub(offset).cast();
             let is_inside = peer.addr() > pool.addr() && peer.addr() < (*pool).end.addr();
             let meter = if is_inside { Meter::of(peer, (*pool).end) } else { None };
+            self.label.1 = 0;
             self.peer = match meter {
                 Some(meter) => {
                     meter.picked(meter::now());
+                    // Peers with a meter are ours, and have a label.
+                    self.label.1 = Label::copy(peer, (*pool).end, &mut self.label.0);
                     peer
                 }
                 None => ptr::null_mut(),

@@ -117,6 +117,10 @@ pub struct ServerConf {
     /// The change of its list that this process has seen last, and where it notes what that took it.
     pub seen: ngx_uint_t,
     pub cost: Option<&'static Cost>,
+    /// Its number among those that follow Consul.
+    pub number: usize,
+    /// The datacenters of its sources, as the record of this number has them.
+    pub datacenters: (u64, Vec<(u64, String)>),
     /// What the upstream takes over at a reload; [`crate::carry`] does.
     pub heir: Option<Heir>,
 }

@@ -2,7 +2,7 @@
 //!
 //! This crate is the http module, and thin: the tables that nginx reads, directives to settings
 //! ([`conf`]), what a reload takes over ([`carry`]), the life of a worker ([`process`]), the
-//! layer around the balancers ([`balance`]), and what is shown of it all ([`status`]). Consul is the business of the crate consul-watch, the peer list in shared
+//! layer around the balancers ([`balance`]), and what is shown of it all ([`status`], [`variables`]). Consul is the business of the crate consul-watch, the peer list in shared
 //! memory that of nginx-peers.
 
 use core::ffi::c_char;
@@ -23,12 +23,13 @@ mod guard;
 mod log;
 mod process;
 mod status;
+mod variables;
 
 /// The module, as the traits of the crate ngx know it.
 struct ConsulUpstream;
 
 static CONTEXT: ngx_http_module_t = ngx_http_module_t {
-    preconfiguration: None,
+    preconfiguration: Some(variables::add),
     postconfiguration: Some(ConsulUpstream::postconfiguration),
     create_main_conf: Some(ConsulUpstream::create_main_conf),
     init_main_conf: None,

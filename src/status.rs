@@ -19,7 +19,9 @@ use ngx::http::HttpModuleMainConf;
 use self::rows::Peers;
 use self::send::{Place, Sending};
 use crate::ConsulUpstream;
+use crate::conf::{MainConf, ServerConf};
 use crate::guard::guard;
+use crate::process::Shared;
 
 mod document;
 mod rows;
@@ -213,4 +215,16 @@ unsafe fn refuse(r: *mut ngx_http_request_t, error: Error) -> ngx_int_t {
         core::ptr::copy_nonoverlapping(body.as_ptr(), copy, body.len());
         send::whole(r, copy, body.len())
     }
+}
+
+/// The datacenters of an upstream's sources, read anew when its record is another.
+pub fn datacenters<'a>(main: &MainConf, conf: &'a mut ServerConf) -> &'a [(u64, String)] {
+    // SAFETY: the configuration is that of a live request, and has upstreams.
+    let written = unsafe { Shared::of(main) }.place(conf.number).written();
+    if conf.datacenters.0 != written {
+        let sources = document::record_of(main, conf.number).report.sources;
+        let known = sources.into_iter().filter_map(|heard| Some((heard.key, heard.datacenter?)));
+        conf.datacenters = (written, known.collect());
+    }
+    &conf.datacenters.1
 }

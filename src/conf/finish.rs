@@ -62,6 +62,7 @@ unsafe fn all(cf: *mut ngx_conf_t) -> Result<(), String> {
             }
             let upstream = complete(cf, *nginx, &mut *conf, shared, &mut checked)?;
             (*conf).heir = Some(Heir::new(&upstream));
+            (*conf).number = main.upstreams.len();
             main.upstreams.push(upstream);
         }
         if !main.upstreams.is_empty() {

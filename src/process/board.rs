@@ -62,6 +62,11 @@ impl Place {
         self.name.load(Ordering::Relaxed)
     }
 
+    /// How often it was written: another number is another record.
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
     /// Bytes of a record at most.
     pub fn room(&self) -> usize {
         self.room.load(Ordering::Relaxed) as usize

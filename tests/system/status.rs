@@ -558,6 +558,40 @@ fn requests_are_counted_by_peer() {
     assert_eq!(ids(&document), before);
 }
 
+/// Whose answer a request got stands in the log, also when that instance is gone by then.
+#[test]
+fn variables_name_the_instance_that_served() {
+    let stage = Stage::set("status-variables");
+    let web: [Instance; 1] = stage.web();
+    stage.register(&web);
+    let format = "log_format who '[$consul_service_id] [$consul_node] [$consul_datacenter] $uri';";
+    let addr = own_addr(&stage);
+    let nginx = stage
+        .nginx()
+        .http(format)
+        .upstream("web", "consul_upstream web;")
+        .upstream("fixed", &format!("server {}; consul_upstream nobody;", web[0].addr()))
+        .listen(addr)
+        .http(format!(
+            "server {{ listen {addr}; access_log logs.txt who;
+             location /web {{ proxy_pass http://web; }}
+             location /fixed {{ proxy_pass http://fixed; }}
+             location /none {{ return 200; }} }}"
+        ))
+        .start();
+    serves(nginx.addr(), &["web-1"]);
+    for path in ["/web", "/fixed", "/none"] {
+        assert_eq!(get(addr, path).status, 200, "{path}");
+    }
+    let log = stage.dir.join("nginx/logs.txt");
+    watch("three lines", || {
+        let text = std::fs::read_to_string(&log).map_err(|err| err.to_string())?;
+        let lines: Vec<&str> = text.lines().collect();
+        let all = ["[web-1] [n1] [dc1] /web", "[-] [-] [-] /fixed", "[-] [-] [-] /none"];
+        if lines == all { Ok(()) } else { Err(text) }
+    });
+}
+
 /// An answer that is larger than what a client reads at a time comes whole, and a client that
 /// reads nothing stops nobody.
 #[test]

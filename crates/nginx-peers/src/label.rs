@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::abi::PeerAbi;
+
 /// The longest service ID that is kept, in bytes. With [`NODE`] and a service name of usual length
 /// a label stays within one slot of 256 bytes.
 const ID: usize = 88;
@@ -28,6 +30,42 @@ impl Label {
     /// The label of an instance. The source is a number that the caller knows it by again.
     pub fn new(node: &str, id: &str, source: u64) -> Self {
         Self { node: cut(node, NODE), id: cut(id, ID), source }
+    }
+
+    /// The most bytes that a label takes in shared memory.
+    pub const SIZE: usize = MAGIC.len() + size_of::<u64>() + 2 + NODE + ID;
+
+    /// Copies the bytes of a peer's label, if it has one; says how many there are.
+    ///
+    /// # Safety
+    ///
+    /// `peer` is live, in a zone that ends at `end`.
+    pub unsafe fn copy<P: PeerAbi>(
+        peer: *mut P,
+        end: *const u8,
+        to: &mut [u8; Self::SIZE],
+    ) -> usize {
+        // SAFETY: the caller's promise; texts do not change while the peer lives, and what is read
+        // behind the server's lies in the zone.
+        unsafe {
+            let server = *P::server(peer);
+            let behind = server.data.wrapping_add(server.len).cast_const();
+            let room = end.addr().saturating_sub(behind.addr());
+            match Self::len_at(behind, room).filter(|len| *len <= to.len()) {
+                Some(len) => {
+                    core::ptr::copy_nonoverlapping(behind, to.as_mut_ptr(), len);
+                    len
+                }
+                None => 0,
+            }
+        }
+    }
+
+    /// The label that such bytes are.
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        let mut bytes = bytes.iter();
+        // Zeros make no label.
+        Self::decode(|| bytes.next().copied().unwrap_or(0))
     }
 
     /// Where the instance comes from.
