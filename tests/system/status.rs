@@ -6,11 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use testbed::Status;
 use testbed::http::{self, Answer, Conn};
-use testbed::{Check, Service, nginx};
+use testbed::{Check, Service, Signal, Status, nginx};
 
-use crate::common::{Instance, RawConn, Serve, Stage, every_worker_serves, serves, watch};
+use crate::common::{
+    Instance, RawConn, Serve, Stage, every_worker_serves, follower, serves, watch,
+};
 
 /// A wait after which an answer counts for 2 × (1.06 s + 12 s).
 const SHORT: &str = "consul_wait 1s;";
@@ -408,6 +409,41 @@ fn a_consul_that_is_gone_is_stale_and_comes_back() {
     let source = &app(&document)["sources"][0];
     assert!(source["errors"]["transport"].as_u64() >= errors, "{source}");
     assert_eq!(app(&document)["changes"][0]["first"], changes[0]["first"]);
+}
+
+/// The first worker stands still: whoever else answers says so, and what it knows still. Killed, it
+/// has a successor that goes on from there.
+#[test]
+fn a_first_worker_that_stands_still_is_silent() {
+    let stage = Stage::set("status-silent");
+    let web: [Instance; 2] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().workers(2).upstream("web", "consul_upstream web;");
+    let mut nginx = with_status(builder, addr, "").start();
+    nginx.allow_log("exited on signal 9");
+    every_worker_serves(&nginx, &["web-1", "web-2"]);
+    let first = follower(&nginx);
+    let mut conns = http::worker_conns(addr, nginx.worker_pids()).unwrap();
+    let (_, mut other) = conns.drain().find(|(pid, _)| *pid != first).unwrap();
+    drop(conns);
+    nginx.signal_child(first, Signal::STOP);
+    let mut state = |state: &str| {
+        watch(state, || {
+            let document = other.get("/consul").map_err(|err| err.to_string())?.json();
+            let is = document["thread"]["state"] == state;
+            if is { Ok(document) } else { Err(document.to_string()) }
+        })
+    };
+    let document = state("silent");
+    assert_eq!(document["in_sync"], false);
+    assert_eq!(app(&document)["peers"].as_array().unwrap().len(), 2);
+    let added = &app(&document)["changes"][0];
+    assert_eq!(added["added"], 2);
+    nginx.signal_child(first, Signal::KILL);
+    let after = state("running");
+    assert_ne!(after["thread"]["pid"], first);
+    assert_eq!(&app(&after)["changes"][0]["first"], &added["first"], "{after}");
 }
 
 #[test]
