@@ -32,6 +32,10 @@ use super::tale::{Tale, told};
 /// A set is stored at most this often.
 const STORE: Duration = Duration::from_secs(1);
 
+/// After a failure it is tried again after that time, then after twice that, up to this: a
+/// thousand upstreams and a directory that is missing are no reason to be busy.
+const STORE_AGAIN: Duration = Duration::from_secs(30);
+
 /// The same complaint is not logged again within this time.
 const REPEAT: Duration = Duration::from_secs(60);
 
@@ -157,6 +161,7 @@ impl Assembly {
     /// Stores what serves, a while after each change.
     pub async fn keep_stored(&self, store: &Store, handoff: &Handoff) -> Infallible {
         let mut complained: Option<Instant> = None;
+        let mut rest = STORE;
         loop {
             self.news.notified().await;
             if handoff.is_exiting() {
@@ -164,8 +169,9 @@ impl Assembly {
                 continue;
             }
             match store.save(&self.name, &self.state()) {
-                Ok(_) => complained = None,
+                Ok(_) => (complained, rest) = (None, STORE),
                 Err(err) => {
+                    rest = (rest * 2).min(STORE_AGAIN);
                     let now = Instant::now();
                     if complained.is_none_or(|at| now - at >= REPEAT) {
                         complained = Some(now);
@@ -176,7 +182,7 @@ impl Assembly {
                     self.news.notify_one();
                 }
             }
-            sleep(STORE).await;
+            sleep(rest).await;
         }
     }
 }

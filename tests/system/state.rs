@@ -700,7 +700,7 @@ fn a_full_disk_is_one_warning_and_the_set_is_stored_when_there_is_room() {
     stage.register([&three]);
     every_worker_serves(&nginx, &["web-1", "web-2", "web-3"]);
     assert_eq!(ids(&path, "web").unwrap(), ["web-1".to_owned()].into(), "what was there is");
-    // It is tried again each second, and that is not worth another line.
+    // It is tried again and again, and that is not worth another line.
     load.wait_for(2_000);
     assert_eq!(names(&path), ["filler", "web.json"]);
 
