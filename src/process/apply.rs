@@ -258,9 +258,10 @@ impl Applier {
             return;
         }
         self.alive = alive;
-        self.shared.beat(Moment::now());
+        let now = Moment::now();
+        self.shared.beat(now);
         for upstream in &mut self.upstreams {
-            if upstream.record.note_sync(upstream.limit, Moment::now()) {
+            if upstream.record.note_sync(upstream.limit, now) {
                 upstream.publish();
             }
         }

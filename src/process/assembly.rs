@@ -104,23 +104,6 @@ impl Assembly {
         }
     }
 
-    /// Whether the last exchange with each agent worked, and when it was.
-    pub fn reached(&self, all: &mut HashMap<String, (Moment, bool)>) {
-        for known in self.lines.borrow().iter() {
-            for (address, seen) in &known.tale.agents {
-                let last = all.entry(address.clone()).or_insert(*seen);
-                *last = (*last).max(*seen);
-            }
-        }
-    }
-
-    /// Notes how an exchange with an agent went.
-    fn met(&self, line: usize, agent: &str, worked: bool) {
-        if let Some(known) = self.lines.borrow_mut().get_mut(line) {
-            known.tale.agents.insert(agent.to_owned(), (Moment::now(), worked));
-        }
-    }
-
     /// A line's instances changed: what the upstream's set is now.
     fn changed(&self, line: usize, snapshot: &Snapshot) -> Option<Judged> {
         let mut lines = self.lines.borrow_mut();
@@ -295,6 +278,25 @@ fn key(instance: &Instance) -> Key {
     (instance.node.clone(), instance.id.clone())
 }
 
+/// Whether the last exchange with each agent worked, whoever's it was.
+#[derive(Clone, Debug, Default)]
+pub struct Reached(Rc<RefCell<HashMap<String, bool>>>);
+
+impl Reached {
+    fn note(&self, agent: &str, works: bool) {
+        let mut all = self.0.borrow_mut();
+        match all.get_mut(agent) {
+            Some(last) => *last = works,
+            None => drop(all.insert(agent.to_owned(), works)),
+        }
+    }
+
+    /// An agent that nobody has asked yet does not.
+    pub fn works(&self, agent: &str) -> bool {
+        self.0.borrow().get(agent).is_some_and(|works| *works)
+    }
+}
+
 /// All lines that share a watch, and what their upstreams' logs were told.
 pub struct Lines {
     lines: Vec<(usize, usize)>,
@@ -304,15 +306,22 @@ pub struct Lines {
     /// Whom is asked: all of them, and each.
     agents: String,
     each: Vec<String>,
+    reached: Reached,
     report: Report,
 }
 
 impl Lines {
-    pub fn new(watch: &WatchPlan, upstreams: Rc<[Assembly]>, handoff: Arc<Handoff>) -> Self {
+    pub fn new(
+        watch: &WatchPlan,
+        upstreams: Rc<[Assembly]>,
+        handoff: Arc<Handoff>,
+        reached: Reached,
+    ) -> Self {
         Self {
             lines: watch.lines.clone(),
             upstreams,
             handoff,
+            reached,
             service: printable(watch.query.service().as_bytes(), 100),
             agents: {
                 let all: Vec<_> = watch.agents.addresses.iter().map(Address::to_string).collect();
@@ -396,9 +405,9 @@ impl Sink for Lines {
                 heard.failing = None;
                 heard.next_try = None;
             });
-            if let Some(agent) = self.each.get(agent) {
-                assembly.met(line, agent, true);
-            }
+        }
+        if let Some(agent) = self.each.get(agent) {
+            self.reached.note(agent, true);
         }
     }
 
@@ -417,9 +426,9 @@ impl Sink for Lines {
         };
         for (assembly, line) in self.each_line() {
             assembly.note(line, |heard| super::tale::failed(heard, error));
-            if let Some(agent) = agent {
-                assembly.met(line, agent, false);
-            }
+        }
+        if let Some(agent) = agent {
+            self.reached.note(agent, false);
         }
         if self.report.failed(error) {
             self.note(NGX_LOG_ERR, &error.to_string());

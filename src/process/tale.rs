@@ -29,8 +29,6 @@ pub struct Tale {
     /// Some of them, those that went last first, and how many more there are.
     rows: Vec<Row>,
     omitted: u64,
-    /// How the last exchange with each agent went, and when that was.
-    pub agents: BTreeMap<String, (Moment, bool)>,
 }
 
 impl Tale {
@@ -57,7 +55,6 @@ impl Tale {
             out: HashMap::new(),
             rows: Vec::new(),
             omitted: 0,
-            agents: BTreeMap::new(),
         }
     }
 

@@ -3,7 +3,6 @@
 //! It calls no nginx function and touches no shared memory. It ends within a bound: its runtime
 //! has no pool of threads for blocking calls, and dropping it drops whatever waits.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +23,7 @@ use tokio::sync::oneshot;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{Instant, sleep};
 
-use super::assembly::{Assembly, Lines};
+use super::assembly::{Assembly, Lines, Reached};
 use super::clock::Moment;
 use super::handoff::Handoff;
 use super::plan::{Plan, WatchPlan};
@@ -169,24 +168,26 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>, started: Moment) -> Infall
             client.remember(&datacenter);
         }
     }
-    let lookup = Resolver::system();
+    let (lookup, reached) = (Resolver::system(), Reached::default());
     for watch in plan.watches {
         let watcher = Watcher {
             watch,
             upstreams: upstreams.clone(),
             pool: pool.clone(),
             lookup: lookup.clone(),
+            reached: reached.clone(),
             handoff: handoff.clone(),
         };
         spawn_local(watcher.run());
     }
-    news(&upstreams, &pool, &handoff, started).await
+    news(&upstreams, &pool, &reached, &handoff, started).await
 }
 
 /// Tells what is new, once a second if there is anything, and now and then that the thread lives.
 async fn news(
     upstreams: &[Assembly],
     pool: &Pool,
+    reached: &Reached,
     handoff: &Handoff,
     started: Moment,
 ) -> Infallible {
@@ -200,7 +201,7 @@ async fn news(
                 any = true;
             }
         }
-        let agents = agents(upstreams, pool);
+        let agents = agents(reached, pool);
         let is_news = told.as_ref() != Some(&agents);
         let record = is_news.then(|| ThreadRecord { agents: agents.clone(), ..itself(started) });
         if any || is_news || beat.is_none_or(|at| at.elapsed() >= BEAT) {
@@ -213,12 +214,10 @@ async fn news(
 }
 
 /// The agents in use, the first ones.
-fn agents(upstreams: &[Assembly], pool: &Pool) -> Vec<Agent> {
-    let mut up = HashMap::new();
-    upstreams.iter().for_each(|assembly| assembly.reached(&mut up));
+fn agents(reached: &Reached, pool: &Pool) -> Vec<Agent> {
     let one = |AgentInfo { address, version, connections }| {
         let address = address.to_string();
-        let up = up.get(&address).is_some_and(|(_, works)| *works);
+        let up = reached.works(&address);
         Agent { address: brief::<256>(&address), up, version, connections }
     };
     pool.agents().into_iter().take(AGENTS).map(one).collect()
@@ -242,6 +241,7 @@ struct Watcher {
     upstreams: Rc<[Assembly]>,
     pool: Rc<Pool>,
     lookup: Resolver,
+    reached: Reached,
     handoff: Arc<Handoff>,
 }
 
@@ -256,7 +256,8 @@ impl Watcher {
                     let mut service = client.service(query.clone());
                     let mut names = Names::new(self.lookup.clone());
                     let upstreams = self.upstreams.clone();
-                    let mut sink = Lines::new(&self.watch, upstreams, self.handoff.clone());
+                    let (handoff, reached) = (self.handoff.clone(), self.reached.clone());
+                    let mut sink = Lines::new(&self.watch, upstreams, handoff, reached);
                     // A task of its own, so that a panic ends it alone.
                     let task =
                         spawn_local(

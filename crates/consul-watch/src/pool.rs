@@ -14,13 +14,15 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use tokio::time::Instant;
+
 use crate::agent::{Address, Agents};
 use crate::client::Client;
 use crate::error::Error;
 
-/// Within this time every watch of an agent has had its turn; Consul adds a sixteenth to a wait,
-/// and the answers have to travel.
-const ROUND: Duration = Duration::from_secs(14);
+/// Within this time every watch of an agent has had its turn, and a tenth of a second later its
+/// answer.
+const ROUND: Duration = Duration::from_millis(14_900);
 
 /// A shorter wait is polling. With so many watches that this is not enough, a round is longer.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -107,6 +109,8 @@ pub(crate) struct Limit {
     permits: Arc<Semaphore>,
     /// How many watches ask this agent.
     watches: Arc<AtomicUsize>,
+    /// Turns begin and end at multiples of their length since then.
+    epoch: Instant,
 }
 
 /// One watch of an agent, until it is dropped.
@@ -128,7 +132,7 @@ pub(crate) struct Turn {
 impl Limit {
     fn new(connections: usize) -> Self {
         let permits = Arc::new(Semaphore::new(connections));
-        Self { connections, permits, watches: Arc::default() }
+        Self { connections, permits, watches: Arc::default(), epoch: Instant::now() }
     }
 
     fn in_use(&self) -> usize {
@@ -148,26 +152,36 @@ impl Limit {
     }
 
     /// How long a blocking query may wait so that all have their turn.
+    ///
+    /// The turns of all connections end together, give or take the sixteenth: answers that come
+    /// one by one find a cold processor each, and cost half as much again.
     pub(crate) fn wait(&self, configured: Duration) -> Duration {
         let watches = self.watches.load(Ordering::Relaxed);
         if watches <= self.connections {
             return configured;
         }
-        let share = ROUND.mul_f64(self.connections as f64 / watches as f64);
-        share.max(SHORTEST).min(configured)
+        // Consul adds up to a sixteenth to the last wait of a round; those before end with theirs.
+        let turns = watches as f64 / self.connections as f64 + 1.0 / 16.0;
+        let turn = ROUND.div_f64(turns).max(SHORTEST);
+        let gone = self.epoch.elapsed().as_nanos() % turn.as_nanos();
+        // Below the turn, which is some seconds.
+        let left = turn - Duration::from_nanos(gone as u64);
+        // A wait that is next to none goes on through the next turn.
+        let wait = if left < SHORTEST / 4 { left + turn } else { left };
+        wait.min(configured)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::{Instant, sleep};
+    use tokio::time::sleep;
 
     use super::*;
 
     const CONFIGURED: Duration = Duration::from_secs(25);
 
-    #[test]
-    fn within_the_limit_a_query_waits_as_configured() {
+    #[tokio::test(start_paused = true)]
+    async fn within_the_limit_a_query_waits_as_configured() {
         let limit = Limit::new(2);
         let two = [limit.join(), limit.join()];
         assert_eq!(limit.wait(CONFIGURED), CONFIGURED);
@@ -178,6 +192,21 @@ mod tests {
         drop(two);
         let many: Vec<_> = (0..1000).map(|_| limit.join()).collect();
         assert_eq!(limit.wait(CONFIGURED), SHORTEST, "{}", many.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn above_the_limit_all_turns_end_together() {
+        let limit = Limit::new(100);
+        let _members: Vec<_> = (0..1000).map(|_| limit.join()).collect();
+        let (begin, turn) = (Instant::now(), limit.wait(CONFIGURED));
+        assert!(turn > Duration::from_millis(1400) && turn < Duration::from_millis(1500));
+        for _ in 0..50 {
+            sleep(Duration::from_millis(97)).await;
+            let wait = limit.wait(CONFIGURED);
+            assert!(wait >= Duration::from_millis(250), "{wait:?}");
+            let end = (begin.elapsed() + wait).as_nanos() % turn.as_nanos();
+            assert_eq!(end, 0, "after {:?}", begin.elapsed());
+        }
     }
 
     /// A thousand watches on a hundred connections: each has its turn in time, and never are more
