@@ -1,7 +1,7 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-full test-nginx test-stack check build bench fuzz mutants coverage consul clean
+.PHONY: help demo test test-full test-nginx test-stack check build bench soak fuzz mutants coverage consul clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ build: ## the module, in target/modules; NGINX_SOURCE_DIR=DIR (and NGINX_BUILD_D
 bench: ## the benchmarks; B=NAME: one of them
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
 	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked --workspace $(if $(B),--bench $(B))
+
+soak: ## changes, reloads, kills and restarts of Consul under load, for MINUTES=20, and what grew meanwhile
+	@$(MAKE) --no-print-directory bench B=soak
 
 fuzz: ## the fuzz targets, MINUTES=10 each; F=NAME: one of them; needs a nightly Rust
 	@scripts/setup && scripts/fuzz

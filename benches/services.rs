@@ -14,7 +14,7 @@ use serde_json::json;
 use testbed::http::Conn;
 use testbed::{Consul, Dir, Net, Nginx, eventually};
 
-use common::{is_quick, ms, quantile};
+use common::{is_quick, ms, quantile, resident};
 
 /// Instances of each service.
 const INSTANCES: usize = 5;
@@ -192,13 +192,6 @@ fn cpu(pid: u32) -> f64 {
         fields.split(' ').skip(11).take(2).map(|n| n.parse::<u64>().unwrap_or(0)).sum();
     // USER_HZ, which is 100 on all of Linux.
     ticks as f64 / 100.0
-}
-
-/// Memory of its own, in bytes.
-fn resident(pid: u32) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("proc(5)");
-    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") * 1024.0
 }
 
 /// Connections of a process to a port, in whatever state.

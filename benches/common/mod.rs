@@ -1,6 +1,7 @@
 //! What the benchmarks share: how they are called, what they measure, and the rival.
 
 use std::env;
+use std::fs;
 use std::time::Duration;
 
 pub mod rival;
@@ -23,4 +24,11 @@ pub fn quantile(sample: &[Duration], part: f64) -> Duration {
 
 pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
+}
+
+/// Memory of a process' own, in bytes.
+pub fn resident(pid: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("proc(5)");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") * 1024.0
 }

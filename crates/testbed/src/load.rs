@@ -103,6 +103,8 @@ pub struct Report {
     pub ok: u64,
     /// Everything else.
     pub lost: u64,
+    /// Of the lost: those whose connection broke before the whole answer was there.
+    pub broken: u64,
     /// Of all: those sent a second time, since their connection had been closed under them.
     pub reconnected: u64,
     /// Of those answered well: where nginx had to try more than one backend.
@@ -276,7 +278,10 @@ async fn client(shared: Arc<Shared>) {
         let path = (shared.options.path)(n);
         let outcome = match tokio::time::timeout(TIMEOUT, send(&shared, &path, &mut kept)).await {
             Ok(Ok(answer)) => judge(answer),
-            Ok(Err(error)) => Err((describe(&error), String::new())),
+            Ok(Err(error)) => {
+                shared.report().broken += 1;
+                Err((describe(&error), String::new()))
+            }
             Err(_) => Err((format!("no answer in {TIMEOUT:?}"), String::new())),
         };
         if outcome.is_err() {
