@@ -33,6 +33,7 @@ fn main() {
         .clang_args(includes.iter().map(|dir| format!("-I{}", dir.display())))
         .clang_args(defines.split_whitespace())
         .allowlist_function("ngx_http_upstream_rr_peer_free_locked")
+        .allowlist_function("nginx_request_.*")
         .allowlist_var("NGINX_PEERS_.*")
         // The types are nginx-sys'.
         .allowlist_recursively(false)

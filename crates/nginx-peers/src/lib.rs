@@ -29,6 +29,7 @@ pub mod carry;
 pub mod counters;
 pub mod crash;
 pub mod diff;
+pub mod flags;
 mod inline;
 mod label;
 pub mod list;
