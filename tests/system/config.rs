@@ -1021,6 +1021,10 @@ impl Example {
         let mut example = Example { stage, conf, server };
         // Relative to nginx's prefix, where the test bed has one directory for everything.
         example.put("logs/", "");
+        // Where a distribution's nginx has them, a test may not write.
+        let kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+        let paths = kinds.map(|kind| format!(" {kind}_temp_path {kind}_temp;")).concat();
+        example.put("http {", &format!("http {{{paths}"));
         example.put("listen 8080;", &format!("listen {server};"));
         example
     }
