@@ -1,7 +1,7 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-full test-nginx test-stack check build bench soak fuzz mutants coverage consul clean
+.PHONY: help demo test test-full test-nginx test-stack check build bench soak asan fuzz mutants coverage consul clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ bench: ## the benchmarks; B=NAME: one of them
 
 soak: ## changes, reloads, kills and restarts of Consul under load, for MINUTES=20, and what grew meanwhile
 	@$(MAKE) --no-print-directory bench B=soak
+
+asan: ## the whole-system tests with nginx and the module under AddressSanitizer; T=NAME; needs clang and a nightly Rust
+	@scripts/setup consul && scripts/asan
 
 fuzz: ## the fuzz targets, MINUTES=10 each; F=NAME: one of them; needs a nightly Rust
 	@scripts/setup && scripts/fuzz
