@@ -24,13 +24,9 @@ fn started(name: &str) -> (Stage, [Instance; 2], Nginx) {
     let stage = Stage::set(name);
     let instances: [Instance; 2] = stage.web();
     stage.register(&instances);
-    // Newer ones keep connections to servers open unless they are told not to.
-    let nginx = stage
-        .nginx()
-        .http("proxy_http_version 1.0;")
-        .workers(4)
-        .upstream("web", "consul_upstream web;")
-        .start();
+    // Newer ones keep connections to servers, by themselves.
+    let web = "consul_upstream web; keepalive_timeout 100ms;";
+    let nginx = stage.nginx().workers(4).upstream("web", web).start();
     every_worker_serves(&nginx, &["web-1", "web-2"]);
     eventually(PATIENCE, "a connection to Consul", || {
         connections(&nginx, follower(&nginx), v4(stage.consul.addr())) == 1
