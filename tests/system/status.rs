@@ -1,13 +1,16 @@
 //! The status: what it says of discovery and of each peer, in three formats, from any worker.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
-use testbed::{Check, Service, Signal, Status, nginx};
+use testbed::{Check, Load, Options, Service, Signal, Status, nginx};
 
 use crate::common::{
     Instance, RawConn, Serve, Stage, every_worker_serves, follower, serves, watch,
@@ -658,4 +661,229 @@ fn a_large_answer_comes_as_the_client_reads() {
     assert!(page.text().ends_with('\n'));
     drop(slow);
     assert_eq!(nginx.log_count("[alert]"), 0, "{}", nginx.log());
+}
+
+/// What a server makes of its requests, one after the other.
+#[derive(Clone, Copy)]
+enum Mood {
+    /// An answer with so many bytes, on a connection that stays.
+    Answers(u16, usize),
+    /// The connection is reset.
+    Resets,
+    /// The connection is closed, and not a byte was sent.
+    Closes,
+    /// A header that is none.
+    Mumbles,
+    /// Less of a body than was promised.
+    Breaks,
+    /// Nothing, for longer than nginx waits.
+    IsSilent,
+}
+
+/// A server of such moods, which come round.
+fn moody(addr: SocketAddr, moods: &'static [Mood]) {
+    let listener = TcpListener::bind(addr).unwrap();
+    let turn = Arc::new(AtomicUsize::new(0));
+    // It ends with the test's process: what it waits in is nobody's.
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let turn = turn.clone();
+            thread::spawn(move || moody_connection(stream, moods, &turn));
+        }
+    });
+}
+
+fn moody_connection(stream: TcpStream, moods: &[Mood], turn: &AtomicUsize) -> Option<()> {
+    // What is not read of a request makes the kernel reset the connection that is closed.
+    let mut reader = BufReader::with_capacity(16, stream);
+    loop {
+        // The head, and a body if it says so.
+        let mut head = String::new();
+        let mut mood = None;
+        while !head.ends_with("\r\n\r\n") {
+            if reader.read_line(&mut head).ok()? == 0 {
+                return None;
+            }
+            let next = || moods[turn.fetch_add(1, Ordering::Relaxed) % moods.len()];
+            if matches!(mood.get_or_insert_with(next), Mood::Resets) {
+                return None;
+            }
+        }
+        let length = |line: &str| line.strip_prefix("Content-Length: ")?.parse().ok();
+        let mut body = vec![0; head.lines().find_map(length).unwrap_or(0)];
+        reader.read_exact(&mut body).ok()?;
+        let stream = reader.get_mut();
+        match mood? {
+            Mood::Answers(status, len) => {
+                let answer = format!("HTTP/1.1 {status} It\r\nContent-Length: {len}\r\n\r\n");
+                stream.write_all(answer.as_bytes()).ok()?;
+                stream.write_all(&vec![b'x'; len]).ok()?;
+            }
+            Mood::Mumbles => {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nno\0thing\r\n\r\n").ok()?;
+                return None;
+            }
+            Mood::Breaks => {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\nless").ok()?;
+                return None;
+            }
+            Mood::IsSilent => thread::sleep(Duration::from_secs(1)),
+            Mood::Resets | Mood::Closes => return None,
+        }
+    }
+}
+
+/// What the log, or the status, knows of a server: requests, responses by class, fails, bytes sent
+/// and received.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Sums {
+    requests: u64,
+    responses: [u64; 5],
+    fails: u64,
+    sent: u64,
+    received: u64,
+}
+
+/// The sums over a log whose lines have `$status`, and of each attempt `$upstream_addr`,
+/// `$upstream_status`, `$upstream_header_time`, `$upstream_bytes_sent`, `$upstream_bytes_received`;
+/// and how many lines have more attempts than one.
+fn sums_of_log(log: &str) -> (BTreeMap<String, Sums>, usize) {
+    let mut all: BTreeMap<String, Sums> = BTreeMap::new();
+    let mut retried = 0;
+    for line in log.lines() {
+        let fields: Vec<Vec<&str>> =
+            line.split('|').map(|field| field.split(", ").collect()).collect();
+        let [status, addrs, statuses, headers, sent, received] = &fields[..] else {
+            panic!("{line}");
+        };
+        retried += usize::from(addrs.len() > 1);
+        for (n, addr) in addrs.iter().enumerate() {
+            if addr.parse::<SocketAddr>().is_err() {
+                // Nobody was left to try.
+                assert_eq!((*addr, statuses[n]), ("web", "502"), "{line}");
+                continue;
+            }
+            let number = |text: &str| text.parse().unwrap_or(0);
+            let is_last = n + 1 == addrs.len();
+            let sums = all.entry(addr.to_string()).or_default();
+            sums.requests += 1;
+            sums.sent += number(sent[n]);
+            sums.received += number(received[n]);
+            // Without a header the status is nginx's own word for what went wrong.
+            let code: usize = statuses[n].parse().unwrap_or(0);
+            let failed = if headers[n] == "-" {
+                // A client that goes away is no failure of the server.
+                !(is_last && status[0] == "499")
+            } else {
+                sums.responses[code / 100 - 1] += 1;
+                !is_last && code >= 500
+            };
+            sums.fails += u64::from(failed);
+        }
+    }
+    (all, retried)
+}
+
+fn sums_of_status(document: &Value) -> BTreeMap<String, Sums> {
+    let number = |value: &Value| value.as_u64().unwrap();
+    let peers = app(document)["peers"].as_array().unwrap();
+    let sums = |peer: &Value| {
+        let classes = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+        let responses = classes.map(|class| number(&peer["responses"][class]));
+        assert_eq!(responses.iter().sum::<u64>(), number(&peer["responses"]["total"]));
+        Sums {
+            requests: number(&peer["requests"]),
+            responses,
+            fails: number(&peer["fails"]),
+            sent: number(&peer["sent"]),
+            received: number(&peer["received"]),
+        }
+    };
+    peers.iter().map(|peer| (peer["server"].as_str().unwrap().to_owned(), sums(peer))).collect()
+}
+
+/// Resets, cut answers, timeouts, 5xx, other servers tried, kept connections that die, clients that
+/// go away: what is counted of each peer is what the log says, to the byte, and goes on so after a
+/// reload.
+#[test]
+fn counters_agree_with_the_access_log() {
+    const MOODS: [&[Mood]; 4] = [
+        &[Mood::Answers(200, 300), Mood::Answers(204, 0), Mood::Answers(200, 100_000)],
+        &[Mood::Answers(200, 10), Mood::Resets, Mood::Answers(503, 7), Mood::Answers(302, 1)],
+        &[Mood::Answers(404, 20), Mood::Mumbles, Mood::Answers(500, 2_000), Mood::Closes],
+        &[Mood::Answers(200, 5_000), Mood::Breaks, Mood::Answers(403, 30), Mood::IsSilent],
+    ];
+    let stage = Stage::set("status-truth");
+    let mut services = Vec::new();
+    for (n, moods) in MOODS.into_iter().enumerate() {
+        let server = (stage.net.ip(30 + n as u8), stage.net.port()).into();
+        moody(server, moods);
+        services.push(Service::new("web", &format!("web-{n}"), server));
+    }
+    stage.consul.register_all(&services);
+    let addr = own_addr(&stage);
+    let format = "log_format tries '$status|$upstream_addr|$upstream_status|$upstream_header_time|\
+                  $upstream_bytes_sent|$upstream_bytes_received';
+                  proxy_next_upstream error timeout invalid_header http_500 http_503 http_404 \
+                  non_idempotent; proxy_next_upstream_tries 3; proxy_read_timeout 250ms;";
+    let web = (stage.net.ip(91), stage.net.port()).into();
+    let builder = stage.nginx().workers(3).http(format).http(
+        "upstream web { zone web 256k; keepalive 4; \
+         consul_upstream web max_fails=20 fail_timeout=1s; }",
+    );
+    let builder = builder.listen(web).http(format!(
+        "server {{ listen {web} reuseport; access_log tries.txt tries; proxy_http_version 1.1;
+         proxy_set_header Connection '';
+         location / {{ proxy_pass http://web; }}
+         location /direct {{ proxy_pass http://web; proxy_buffering off; }} }}"
+    ));
+    let mut nginx = with_status(builder, addr, "access_log off;").start();
+    shows(addr, "all", |app| app["sources"][0]["serving"] == services.len());
+    let agree = |requests: u64| {
+        let log = stage.dir.join("nginx/tries.txt");
+        watch("status and log agree", || {
+            let log = std::fs::read_to_string(&log).map_err(|err| err.to_string())?;
+            let document = http::get(addr, "/consul").map_err(|err| err.to_string())?.json();
+            let ((logged, retried), counted) = (sums_of_log(&log), sums_of_status(&document));
+            let lines = log.lines().count() as u64;
+            if lines >= requests && logged == counted {
+                Ok((logged, retried, lines, document))
+            } else {
+                Err(format!("{lines} lines, the log: {logged:#?}\nthe status: {counted:#?}"))
+            }
+        })
+    };
+    let requests = |n: u64| {
+        let path = |n| if n % 2 == 0 { "/".to_owned() } else { format!("/direct?n={n}") };
+        let options = Options::default().connections(6).path(path);
+        let sent = Load::run(web, n, &options).sent();
+        for _ in 0..n / 20 {
+            let mut conn = Conn::open(web).unwrap();
+            // Many an answer is cut.
+            let _ = conn.request("POST", "/", &[], vec![b'y'; 20_000]);
+            let mut client = TcpStream::connect(web).unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nHost: any\r\n\r\n").unwrap();
+            drop(client);
+        }
+        sent + 2 * (n / 20)
+    };
+    let first = requests(600);
+    let (before, retried, lines, document) = agree(first);
+    assert_eq!(before.len(), MOODS.len(), "{before:#?}");
+    assert!(retried > 20, "{retried} of {lines} were tried again");
+    let total = |class: usize| before.values().map(|sums| sums.responses[class]).sum::<u64>();
+    assert!((1..5).all(|class| total(class) > 0), "{before:#?}");
+    assert!(before.values().filter(|sums| sums.fails > 5).count() >= 3, "{before:#?}");
+    let ids = |document: &Value| -> Vec<_> {
+        app(document)["peers"].as_array().unwrap().iter().map(|peer| peer["id"].clone()).collect()
+    };
+    println!("{lines} requests, {retried} of them tried again: {before:#?}");
+
+    nginx.reload();
+    let (reloaded, _, _, again) = agree(lines);
+    assert_eq!(reloaded, before);
+    assert_eq!(ids(&again), ids(&document));
+    let second = requests(300);
+    let (after, ..) = agree(lines + second);
+    assert!(after.iter().all(|(addr, sums)| sums.requests > before[addr].requests), "{after:#?}");
 }
