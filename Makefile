@@ -29,6 +29,7 @@ build: ## the module, in target/modules; NGINX_SOURCE_DIR=DIR (and NGINX_BUILD_D
 
 bench: ## the benchmarks; B=NAME: one of them
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
+	  cargo build --release --locked -p failpoints --features failpoints && \
 	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked --workspace $(if $(B),--bench $(B))
 
 soak: ## changes, reloads, kills and restarts of Consul under load, for MINUTES=20, and what grew meanwhile

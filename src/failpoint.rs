@@ -30,23 +30,33 @@ mod none {
     pub fn is_off(_name: &str) -> bool {
         false
     }
+
+    /// Whether requests are counted. It costs nothing to ask, so that what counting costs can be
+    /// measured: the file was looked for when the process began.
+    #[inline(always)]
+    pub fn counts() -> bool {
+        true
+    }
 }
 
 #[cfg(feature = "failpoints")]
 mod armed {
     use std::path::PathBuf;
     use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::{fs, process};
 
     use nginx_peers::crash::Step;
     use nginx_sys::ngx_cycle;
 
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    static UNCOUNTED: AtomicBool = AtomicBool::new(false);
 
     pub fn init() {
         // SAFETY: there is a cycle in every process, and its prefix never changes.
         let prefix = unsafe { (*ngx_cycle).prefix.to_string() };
         let _ = DIRECTORY.set(PathBuf::from(prefix).join("failpoints"));
+        UNCOUNTED.store(is_off("counting"), Ordering::Relaxed);
     }
 
     fn file(name: &str) -> Option<PathBuf> {
@@ -73,5 +83,9 @@ mod armed {
 
     pub fn is_off(name: &str) -> bool {
         file(name).is_some_and(|file| file.exists())
+    }
+
+    pub fn counts() -> bool {
+        !UNCOUNTED.load(Ordering::Relaxed)
     }
 }

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 pub mod rival;
 
+/// How long anything may take that is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// `--quick`, or `BENCH_QUICK` in the environment: a run of seconds that tells whether the
 /// benchmark works and nothing is lost, and judges no time.
 pub fn is_quick() -> bool {
