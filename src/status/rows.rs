@@ -6,10 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use consul_status::model::{Counters, Instance, KeptBy, PeerState, Servers, Status};
 use consul_status::{Peer, Rows};
 use nginx_peers::view::{Numbers, Seen, View, look};
-use nginx_sys::ngx_http_upstream_rr_peers_t;
+use nginx_sys::{NGX_LOG_DEBUG, ngx_http_upstream_rr_peers_t};
 
 use super::document::record_of;
 use crate::conf::{MainConf, Upstream};
+use crate::log;
 use crate::process::clock::{Clocks, Moment};
 use crate::process::record::{Mark, Report, at};
 use crate::process::source_of;
@@ -24,10 +25,18 @@ const DRAINING: u64 = 8;
 pub fn view(upstream: &Upstream) -> View {
     // SAFETY: the upstream belongs to the configuration of a live request; its list is in the
     // zone.
-    unsafe {
+    let view = unsafe {
         let primaries: *mut ngx_http_upstream_rr_peers_t = (*upstream.nginx).peer.data.cast();
         look(primaries, upstream.statics, PATIENCE).unwrap_or_default()
-    }
+    };
+    let (name, locked) = (&upstream.name, view.locked().as_nanos());
+    log::cycle(
+        NGX_LOG_DEBUG,
+        format_args!(
+            "consul: upstream \"{name}\": a reader locked the list for {locked}ns at a time"
+        ),
+    );
+    view
 }
 
 /// Seconds of the epoch, as nginx notes failures.

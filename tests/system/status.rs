@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
-use testbed::{Check, Load, Options, Service, Signal, Status, nginx};
+use testbed::{Check, Dir, Load, Net, Options, Service, Signal, Status, nginx};
 
 use crate::common::{
-    Instance, RawConn, Serve, Stage, every_worker_serves, follower, serves, watch,
+    Instance, PATIENCE, RawConn, Serve, Stage, asking, every_worker_serves, follower, serves, watch,
 };
+use crate::fake_consul::FakeConsul;
+use crate::size::crowd;
 
 /// A wait after which an answer counts for 2 × (1.06 s + 12 s).
 const SHORT: &str = "consul_wait 1s;";
@@ -886,4 +888,59 @@ fn counters_agree_with_the_access_log() {
     let second = requests(300);
     let (after, ..) = agree(lines + second);
     assert!(after.iter().all(|(addr, sums)| sums.requests > before[addr].requests), "{after:#?}");
+}
+
+/// Four large answers are under way, to clients that take nothing: the fifth is told to come again,
+/// small answers are given as ever, and nobody's list is locked.
+#[test]
+fn slow_readers_hold_nothing_but_their_answers() {
+    let (net, dir) = (Net::isolated(), Dir::new("status-slow"));
+    let fake = FakeConsul::start(&net);
+    let (_backend, entries) = crowd(4_000);
+    fake.know(100, &entries);
+    let addr = (net.ip(90), net.port()).into();
+    let builder = asking(&net, &dir, &fake.url())
+        .http("upstream web { zone web 16m; consul_upstream web; } send_timeout 300s;");
+    // Little of an answer is with the kernel.
+    let slow: SocketAddr = (net.ip(91), net.port()).into();
+    let builder = builder.server("web").listen(slow).http(format!(
+        "server {{ listen {slow} sndbuf=16k; location /consul {{ consul_status; }} }}"
+    ));
+    let nginx = with_status(builder, addr, "").start();
+    shows(addr, "all", |app| app["sources"][0]["serving"] == 4_000);
+    let begin = |_| {
+        let mut stream = TcpStream::connect(slow).unwrap();
+        stream.write_all(b"GET /consul HTTP/1.0\r\n\r\n").unwrap();
+        let mut begun = [0; 15];
+        stream.read_exact(&mut begun).unwrap();
+        assert_eq!(&begun, b"HTTP/1.1 200 OK");
+        stream
+    };
+    let mut streams: Vec<TcpStream> = (0..4).map(begin).collect();
+    for path in ["/consul", "/consul?format=html&q=web", "/consul/upstreams/web"] {
+        let answer = get(addr, path);
+        if path.contains("html") {
+            assert_eq!(answer.status, 200, "it has 500 rows at most");
+        } else {
+            assert_eq!(answer.status, 503, "{path}");
+            assert!(answer.header("retry-after").parse::<u32>().is_ok(), "{path}");
+            assert_eq!(answer.json()["error"]["status"], 503);
+        }
+    }
+    assert_eq!(get(addr, "/consul?format=prometheus&peers=none").status, 200);
+    // The list is edited, and peers are picked.
+    fake.know(101, &entries[..3_999]);
+    nginx.wait_log("3999 of 3999 instances serve, index 101", 1, PATIENCE);
+    assert_eq!(get(nginx.addr(), "/").status, 200);
+    // One that goes away makes room; one that reads at last has all of it, as it was.
+    drop(streams.pop());
+    watch("there is room for one more", || match get(addr, "/consul").status {
+        200 => Ok(()),
+        status => Err(status.to_string()),
+    });
+    let mut text = String::new();
+    streams[0].read_to_string(&mut text).unwrap();
+    let (_, body) = text.split_once("\r\n\r\n").unwrap();
+    let document: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(app(&document)["peers"].as_array().unwrap().len(), 4_000);
 }

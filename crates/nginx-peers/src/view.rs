@@ -6,7 +6,7 @@
 //! and then the copy begins anew; in the end all is copied at once.
 
 use core::{ptr, slice};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nginx_sys::ngx_rwlock_unlock;
 
@@ -32,6 +32,7 @@ const SERVER: usize = 384;
 pub struct View {
     peers: Vec<Raw>,
     texts: Vec<u8>,
+    locked: Duration,
 }
 
 /// What a peer's numbers say.
@@ -103,13 +104,15 @@ pub unsafe fn look<L: PeersAbi>(
     statics: Statics,
     patience: Duration,
 ) -> Option<View> {
+    let mut locked = Duration::ZERO;
     for attempt in 0..=TRIES {
         let hold = if attempt < TRIES { HOLD } else { usize::MAX };
-        let mut view = View::default();
+        // However often it begins anew, the longest time under the lock is what it was.
+        let mut view = View { locked, ..View::default() };
         // SAFETY: the caller's promise.
         match unsafe { view.take(primaries, statics, patience, hold) } {
             Some(true) => return Some(view),
-            Some(false) => (),
+            Some(false) => locked = view.locked,
             None => return None,
         }
     }
@@ -152,6 +155,7 @@ impl View {
                     if !try_read_lock(lock, patience) {
                         return None;
                     }
+                    let begin = Instant::now();
                     let now = (*L::config(primaries)).read_volatile();
                     if *config.get_or_insert(now) != now {
                         ngx_rwlock_unlock(lock);
@@ -166,6 +170,7 @@ impl View {
                         copied += 1;
                     }
                     ngx_rwlock_unlock(lock);
+                    self.locked = self.locked.max(begin.elapsed());
                     next = peer;
                     if peer.is_null() {
                         break;
@@ -226,6 +231,11 @@ impl View {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.peers.is_empty()
+    }
+
+    /// For how long the list was locked at a time, at most.
+    pub fn locked(&self) -> Duration {
+        self.locked
     }
 
     /// The numbers of all.
