@@ -1222,6 +1222,34 @@ fn example_secure() {
     serves_now(nginx.addr(), &["web-1", "web-2"]);
 }
 
+#[test]
+fn example_status() {
+    let mut example = Example::read("status.conf");
+    let status = (example.stage.net.ip(90), example.stage.net.port()).into();
+    example.put("listen 127.0.0.1:8081;", &format!("listen {status};"));
+    let one = example.instance("web", "web-1");
+    example.register(std::slice::from_ref(&one.service));
+    let nginx = example.start();
+    serves(nginx.addr(), &["web-1"]);
+    let page = http::get(status, "/?format=html").unwrap();
+    assert!(page.status == 200 && page.text().contains("web-1"), "{}", page.text());
+    assert_eq!(http::get(status, "/").unwrap().json()["upstreams"]["web"]["zone"], "web");
+    let metrics = http::get(status, "/?format=prometheus").unwrap().text();
+    assert!(metrics.contains("service_id=\"web-1\""), "{metrics}");
+    // What the requests above have left: each line is one object.
+    let log = example.stage.dir.join("nginx/access.log");
+    let line = watch("a line of a request that was served", || {
+        let log = std::fs::read_to_string(&log).map_err(text)?;
+        let lines = log.lines().map(serde_json::from_str::<serde_json::Value>);
+        let lines: Vec<_> = lines.collect::<Result<_, _>>().map_err(text)?;
+        lines.into_iter().find(|line| line["instance"] == "web-1").ok_or(log)
+    });
+    assert_eq!(line["status"], 200, "{line}");
+    assert_eq!(line["tried"], one.addr().to_string(), "{line}");
+    assert_eq!(line["node"], example.stage.consul.node(), "{line}");
+    assert_eq!(line["datacenter"], "dc1", "{line}");
+}
+
 /// An example that nobody tests would be worth little.
 #[test]
 fn every_example_has_a_test() {
@@ -1233,7 +1261,13 @@ fn every_example_has_a_test() {
             .filter(|name| name.ends_with(".conf"))
             .collect();
     names.sort();
-    let tested =
-        ["classic.conf", "datacenters.conf", "minimal.conf", "secure.conf", "services.conf"];
+    let tested = [
+        "classic.conf",
+        "datacenters.conf",
+        "minimal.conf",
+        "secure.conf",
+        "services.conf",
+        "status.conf",
+    ];
     assert_eq!(names, tested);
 }
