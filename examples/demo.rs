@@ -15,6 +15,7 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use testbed::http::{self, Conn};
 use testbed::{
     Check, Consul, Dir, Load, Net, Nginx, Options, Process, Service, Status, backend, eventually,
@@ -94,6 +95,8 @@ struct Stage {
     nginx: Nginx,
     consul: Consul,
     backends: Vec<Backend>,
+    /// Where the status is.
+    status: SocketAddr,
     dir: Dir,
 }
 
@@ -152,13 +155,16 @@ impl Stage {
             .iter()
             .map(|name| Backend::start(name, (net.ip(1), net.port()).into()))
             .collect::<Result<_, _>>()?;
+        let status = (net.ip(1), net.port()).into();
         let nginx = Nginx::builder(&net, &dir)
             .workers(WORKERS)
             .http(format!("consul_address {};", consul.url()))
             .http(UPSTREAM)
             .server("web")
+            .listen(status)
+            .http(format!("server {{ listen {status}; location / {{ consul_status; }} }}"))
             .try_start()?;
-        Ok(Stage { nginx, consul, backends, dir })
+        Ok(Stage { nginx, consul, backends, status, dir })
     }
 
     fn introduce(&self, nginx: &str, consul: &str) {
@@ -168,7 +174,11 @@ impl Stage {
         println!("  {nginx:<14} http://{}, workers {}", self.nginx.addr(), pids.join(" and "));
         let backends: Vec<String> =
             self.backends.iter().map(|b| format!("{} {}", b.service.id, b.addr)).collect();
-        println!("  {:<14} {}\n", "backends", backends.join(", "));
+        println!("  {:<14} {}", "backends", backends.join(", "));
+        println!(
+            "  {:<14} http://{}/, a page that tells all of this as it happens\n",
+            "status", self.status
+        );
         for line in UPSTREAM.lines() {
             println!("  {line}");
         }
@@ -238,10 +248,15 @@ impl Stage {
                 |(status, count)| format!("status {status}: {count}"),
             ))
             .collect();
-        let line = format!("{:>12.1} ms   {}", everywhere.as_secs_f64() * 1e3, columns.join("   "));
-        println!("{}", line.trim_end());
-
         let expected: BTreeSet<&str> = step.serving.iter().map(|&n| NAMES[n]).collect();
+        let out = why_not(self.status, &expected)?;
+        let line = format!(
+            "{:>12.1} ms   {}   {}",
+            everywhere.as_secs_f64() * 1e3,
+            columns.join("   "),
+            out.join(", ")
+        );
+        println!("{}", line.trim_end());
         Ok(spread.keys().map(String::as_str).collect::<BTreeSet<_>>() == expected)
     }
 
@@ -258,13 +273,14 @@ impl Stage {
             true => "consul".to_owned(),
             false => from_here(consul),
         };
-        let (api, web) = (self.consul.url(), self.nginx.addr());
+        let (api, web, status) = (self.consul.url(), self.nginx.addr(), self.status);
         let log = from_here(&self.dir.join("nginx.log"));
         let demo = env::current_exe().map_or_else(|_| "demo".into(), |exe| from_here(&exe));
         let [killed, _, other] = &self.backends[..] else { unreachable!("there are three") };
         println!(
             r#"
-  It stays up until Ctrl-C. To play with it, in other terminals:
+  It stays up until Ctrl-C. What happens is on the page http://{status}/.
+  To play with it, in other terminals:
 
     while sleep 0.2; do curl -s http://{web}/; echo; done    # who answers
     tail -f {log}
@@ -341,6 +357,31 @@ fn watch(
             return Err(format!("not seen in {PATIENCE:?} (last: {seen})"));
         }
         thread::sleep(BREATH);
+    }
+}
+
+/// Waits until the status names these instances as those that serve: which others there are, and
+/// why they do not.
+fn why_not(status: SocketAddr, serving: &BTreeSet<&str>) -> Result<Vec<String>, String> {
+    let text = |row: &Value, field: &str| row[field].as_str().unwrap_or_default().to_owned();
+    let begin = Instant::now();
+    loop {
+        let answer = http::get(status, "/").map_err(|error| format!("the status: {error}"))?;
+        let web = answer.json()["upstreams"]["web"].take();
+        let rows = |list: &str| web[list].as_array().cloned().unwrap_or_default();
+        let names: BTreeSet<String> =
+            rows("peers").iter().map(|peer| text(peer, "service_id")).collect();
+        let out = rows("excluded");
+        let why =
+            out.iter().map(|row| format!("{}: {}", text(row, "service_id"), text(row, "reason")));
+        let registered = web["sources"][0]["registered"].as_u64().unwrap_or_default();
+        if names.iter().eq(serving) && registered as usize == names.len() + out.len() {
+            return Ok(why.collect());
+        }
+        if begin.elapsed() > PATIENCE {
+            return Err(format!("the status says otherwise: {web}"));
+        }
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
