@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -10,10 +11,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
-use testbed::{Check, Dir, Load, Net, Options, Service, Signal, Status, nginx};
+use testbed::{
+    Check, Dir, Load, Net, Options, Process, Service, Signal, Status, eventually, nginx,
+};
 
 use crate::common::{
-    Instance, PATIENCE, RawConn, Serve, Stage, asking, every_worker_serves, follower, serves, watch,
+    Instance, PATIENCE, RawConn, Serve, Stage, asking, every_worker_serves, follower, full, serves,
+    text, watch,
 };
 use crate::fake_consul::FakeConsul;
 use crate::size::crowd;
@@ -943,4 +947,149 @@ fn slow_readers_hold_nothing_but_their_answers() {
     let (_, body) = text.split_once("\r\n\r\n").unwrap();
     let document: Value = serde_json::from_str(body).unwrap();
     assert_eq!(app(&document)["peers"].as_array().unwrap().len(), 4_000);
+}
+
+/// A Prometheus that scrapes a location with the status each second, with the rules that are shipped.
+struct Prometheus {
+    addr: SocketAddr,
+    _process: Process,
+}
+
+impl Prometheus {
+    /// None where there is no such program.
+    fn start(stage: &Stage, target: SocketAddr, rules: &str) -> Option<Prometheus> {
+        let addr = SocketAddr::from((stage.net.ip(92), stage.net.port()));
+        stage.dir.write("rules.yml", rules);
+        let conf = format!(
+            "global: {{ scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s }}\n\
+             rule_files: [rules.yml]\n\
+             scrape_configs:\n\
+             - job_name: nginx\n  \
+               metrics_path: /consul\n  \
+               params: {{ format: [prometheus] }}\n  \
+               static_configs: [{{ targets: [\"{target}\"] }}]\n"
+        );
+        let conf = stage.dir.write("prometheus.yml", conf);
+        let log = std::fs::File::create(stage.dir.join("prometheus.log")).unwrap();
+        let mut command = Command::new("prometheus");
+        command
+            .arg(format!("--config.file={}", conf.display()))
+            .arg(format!("--storage.tsdb.path={}", stage.dir.join("prometheus").display()))
+            .arg(format!("--web.listen-address={addr}"))
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        match Process::spawn(&mut command) {
+            Ok(process) => Some(Prometheus { addr, _process: process }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                println!("skipped: there is no prometheus (Debian's package prometheus)");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn api(&self, path: &str) -> Result<Value, String> {
+        let answer = http::get(self.addr, &format!("/api/v1/{path}")).map_err(text)?;
+        if answer.status == 200 { Ok(answer.json()["data"].take()) } else { Err(answer.text()) }
+    }
+
+    /// The first value of a query.
+    fn value(&self, query: &str) -> Result<String, String> {
+        let data = self.api(&format!("query?query={query}"))?;
+        let value = data["result"][0]["value"][1].as_str();
+        value.map(str::to_owned).ok_or_else(|| data.to_string())
+    }
+
+    /// The alerts that fire.
+    fn firing(&self) -> Result<BTreeSet<String>, String> {
+        let data = self.api("alerts")?;
+        let alerts = data["alerts"].as_array().ok_or("no alerts")?;
+        let firing = alerts.iter().filter(|alert| alert["state"] == "firing");
+        Ok(firing.map(|it| it["labels"]["alertname"].as_str().unwrap().to_owned()).collect())
+    }
+}
+
+/// Milliseconds of the day of a time of the document.
+#[track_caller]
+fn millis(time: &Value) -> i64 {
+    let clock = time.as_str().unwrap().split_once('T').unwrap().1.trim_end_matches('Z');
+    let parts: Vec<f64> = clock.split(':').map(|part| part.parse().unwrap()).collect();
+    ((parts[0] * 3600.0 + parts[1] * 60.0 + parts[2]) * 1000.0).round() as i64
+}
+
+/// Consul goes away for longer than answers count: the status says so, and since when; a real
+/// Prometheus raises the alarm, and ends it when Consul is back, of which the status tells within a
+/// second. Its own length, and that of the alert's patience, are two minutes and the shipped minute
+/// in `make test-full`.
+#[test]
+fn an_outage_raises_the_alarm_of_a_real_prometheus() {
+    const COUNTS: i64 = 2 * (1_000 + 1_000 / 16 + 12_000);
+    let mut stage = Stage::with("status-prometheus", |consul| consul.persistent());
+    let web: [Instance; 2] = stage.web();
+    stage.register(&web);
+    let addr = own_addr(&stage);
+    let builder = stage.nginx().http(SHORT).workers(2).upstream("web", "consul_upstream web;");
+    let mut nginx = with_status(builder, addr, "").start();
+    nginx.allow_log("[error]");
+    serves(nginx.addr(), &["web-1", "web-2"]);
+    shows(addr, "in sync", |app| app["sync"] == "in-sync");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/nginx-conf/prometheus-rules.yml");
+    let rules = std::fs::read_to_string(path).unwrap();
+    let rules = if full() { rules } else { rules.replace("for: 1m\n", "for: 1s\n") };
+    let Some(prometheus) = Prometheus::start(&stage, addr, &rules) else { return };
+    watch("it scrapes", || match prometheus.value("up")?.as_str() {
+        "1" => Ok(()),
+        up => Err(up.to_owned()),
+    });
+    watch("it has the metrics", || match prometheus.value("nginx_consul_source_stale")?.as_str() {
+        "0" => Ok(()),
+        stale => Err(stale.to_owned()),
+    });
+    watch("all rules are well", || {
+        let data = prometheus.api("rules")?;
+        let rules = data["groups"][0]["rules"].as_array().cloned().unwrap_or_default();
+        let well = rules.len() == 3 && rules.iter().all(|rule| rule["health"] == "ok");
+        if well { Ok(()) } else { Err(data.to_string()) }
+    });
+    assert_eq!(prometheus.firing().unwrap(), BTreeSet::new());
+
+    let begin = Instant::now();
+    stage.consul.kill();
+    let patience = Duration::from_secs(if full() { 120 } else { 60 });
+    eventually(patience, "the alert fires", || {
+        let firing = prometheus.firing()?;
+        let expected = BTreeSet::from(["ConsulDiscoveryStale".to_owned()]);
+        thread::sleep(Duration::from_millis(100));
+        if firing == expected { Ok(()) } else { Err(format!("{firing:?}")) }
+    });
+    println!("the alert fires {:?} after Consul was killed", begin.elapsed());
+    if full() {
+        thread::sleep(Duration::from_secs(120).saturating_sub(begin.elapsed()));
+    }
+    let stale = document(addr);
+    assert_eq!(stale["in_sync"], false);
+    let last = millis(&app(&stale)["sources"][0]["last_success"]);
+    let since = (millis(&app(&stale)["since"]) - last).rem_euclid(86_400_000);
+    assert!((since - COUNTS).abs() <= 5, "out of sync {since} ms after the last answer: {stale}");
+    assert_eq!(millis(&stale["since"]), millis(&app(&stale)["since"]));
+
+    stage.consul.respawn();
+    let mut recovered = None;
+    let back = watch("in sync again", || {
+        // From when it answers a query of the module's kind.
+        let answer = stage.consul.raw("GET", "/v1/health/service/web?consistent", "");
+        if recovered.is_none() && answer.is_ok_and(|answer| answer.status == 200) {
+            recovered = Some(Instant::now());
+        }
+        let document = http::get(addr, "/consul").map_err(text)?.json();
+        if document["in_sync"] == true { Ok(document) } else { Err(document.to_string()) }
+    });
+    let took = recovered.map_or(Duration::ZERO, |at| at.elapsed());
+    println!("in sync {took:?} after Consul answers");
+    assert!(took <= Duration::from_secs(1), "{took:?} {back}");
+    assert_ne!(app(&back)["since"], app(&stale)["since"]);
+    watch("the alert ends", || {
+        let firing = prometheus.firing()?;
+        if firing.is_empty() { Ok(()) } else { Err(format!("{firing:?}")) }
+    });
 }
