@@ -2,18 +2,18 @@
 //!
 //! They are told apart from whatever else runs on that engine by a label of this process. Each is
 //! removed with its value; and when the process ends, whatever the reason, a small shell removes
-//! all that carries the label (compare [`crate::warden`], which knows nothing of containers).
+//! all that carries the label ([`crate::warden`] knows nothing of containers).
 
 use std::io::{Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{ChildStdin, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::eventually;
+use crate::warden::shell_that_stays;
 
 /// Where the engine listens, for whoever has to be in between.
 pub const SOCKET: &str = "/var/run/docker.sock";
@@ -33,6 +33,8 @@ for _ in 1 2 3; do
     [ -z "$images" ] || docker rmi -f $images
 done
 "#;
+
+static REAPER_INPUT: OnceLock<ChildStdin> = OnceLock::new();
 
 /// What an image of a shell and `sleep` needs, out of this system: the two and their libraries.
 const IMAGE: &str = r#"
@@ -81,7 +83,8 @@ impl Docker {
         }
         let own = format!("{}-{}", std::process::id(), random());
         let label = format!("{LABEL}={own}");
-        start_reaper(&label);
+        // Kept open as long as the process lives.
+        let _ = REAPER_INPUT.set(shell_that_stays(&["-c", REAPER, "sh", &label]));
         let image = format!("testbed-{own}");
         let made = Command::new("sh").args(["-c", IMAGE, "sh", &label, &image]).output();
         let made = made.expect("run sh");
@@ -253,21 +256,6 @@ fn random() -> u32 {
     let source = std::fs::File::open("/dev/urandom");
     source.and_then(|mut file| file.read_exact(&mut bytes)).expect("read /dev/urandom");
     u32::from_ne_bytes(bytes)
-}
-
-#[expect(clippy::zombie_processes, reason = "it ends after this process, that is its purpose")]
-fn start_reaper(label: &str) {
-    static INPUT: Mutex<Option<std::process::ChildStdin>> = Mutex::new(None);
-    let mut child = Command::new("sh")
-        .args(["-c", REAPER, "sh", label])
-        .stdin(Stdio::piped())
-        // Whoever reads our output to its end must not wait for it.
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .expect("start sh");
-    *INPUT.lock().unwrap_or_else(PoisonError::into_inner) = child.stdin.take();
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -124,22 +124,25 @@ fn is_empty(group: Pid) -> bool {
         || !processes::group_lives(group.as_raw_nonzero().get().unsigned_abs())
 }
 
-#[expect(clippy::zombie_processes, reason = "it ends after this process, that is its purpose")]
 fn warden() -> &'static Mutex<impl Write> {
-    static WARDEN_INPUT: OnceLock<Mutex<std::process::ChildStdin>> = OnceLock::new();
-    WARDEN_INPUT.get_or_init(|| {
-        let mut child = Command::new("sh")
-            .args(["-c", WARDEN])
-            .stdin(Stdio::piped())
-            // It lives a moment longer than this process: whoever reads our output to its end
-            // must not wait for it.
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .expect("start sh");
-        Mutex::new(child.stdin.take().expect("stdin was asked for as a pipe"))
-    })
+    static WARDEN_INPUT: OnceLock<Mutex<ChildStdin>> = OnceLock::new();
+    WARDEN_INPUT.get_or_init(|| Mutex::new(shell_that_stays(&["-c", WARDEN])))
+}
+
+/// A shell whose input ends with this process, and that does something then.
+#[expect(clippy::zombie_processes, reason = "it ends after this process, that is its purpose")]
+pub(crate) fn shell_that_stays(args: &[&str]) -> ChildStdin {
+    let mut child = Command::new("sh")
+        .args(args)
+        .stdin(Stdio::piped())
+        // It lives a moment longer than this process: whoever reads our output to its end
+        // must not wait for it.
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .expect("start sh");
+    child.stdin.take().expect("stdin was asked for as a pipe")
 }
 
 #[cfg(test)]
