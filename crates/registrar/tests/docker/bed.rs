@@ -20,6 +20,8 @@ pub const HOST: &str = "h";
 /// One published port.
 pub const PUBLISHED: [&str; 2] = ["--publish", "127.0.0.1::80"];
 
+const STUBBORN: &str = "trap : TERM; echo ready; while :; do sleep 0.05; done";
+
 pub struct Bed {
     pub net: Net,
     pub dir: Dir,
@@ -67,6 +69,21 @@ impl Bed {
         let labels = labels.iter().flat_map(|label| ["--label", label]);
         let args: Vec<&str> = PUBLISHED.into_iter().chain(labels).collect();
         self.container("web", &args)
+    }
+
+    /// One that does not end when it is told to, with a published port and these arguments of
+    /// `docker run`, once it is registered.
+    pub fn stubborn(&self, args: &[&str]) -> Container {
+        let args = [&PUBLISHED, args].concat();
+        let container = self.docker.run_script(&self.docker.name("web"), &args, STUBBORN);
+        self.registered(&id(&container, 80));
+        container
+    }
+
+    /// Tells a container to end, and waits until it is in maintenance for that.
+    pub fn drains(&self, container: &Container) {
+        container.docker(&["kill", "--signal=TERM"]);
+        self.in_maintenance(&id(container, 80), "registrar: stopping");
     }
 
     /// Something between a registrar and the engine that can be told to fail.

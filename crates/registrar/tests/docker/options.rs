@@ -203,15 +203,11 @@ fn health_off() {
     assert!(bed.service(&id(&web, 80)).is_some());
 }
 
-/// A container that goes on after SIGTERM.
-const STUBBORN: &str = "trap : TERM; echo ready; while :; do sleep 0.1; done";
-
 #[test]
 fn drain_by_deregistration() {
     let Some(bed) = Bed::new("drain_deregister") else { return };
     let _registrar = bed.registrar(&["--drain", "deregister", "--drain-timeout", "3"]);
-    let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, STUBBORN);
-    bed.registered(&id(&web, 80));
+    let web = bed.stubborn(&[]);
     let began = Instant::now();
     web.docker(&["kill", "--signal=TERM"]);
     bed.gone(&id(&web, 80));
@@ -224,40 +220,33 @@ fn drain_by_deregistration() {
 fn no_drain() {
     let Some(bed) = Bed::new("no_drain") else { return };
     let _registrar = bed.registrar(&["--drain", "off"]);
-    let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, STUBBORN);
-    bed.registered(&id(&web, 80));
+    let web = bed.stubborn(&[]);
     web.docker(&["kill", "--signal=TERM"]);
     bed.settled();
     assert_eq!(bed.maintenance(&id(&web, 80)), None);
     assert!(bed.service(&id(&web, 80)).is_some());
 }
 
-#[test]
-fn drain_timeout() {
-    let Some(bed) = Bed::new("drain_timeout") else { return };
-    let _registrar = bed.registrar(&["--drain-timeout", "3"]);
-    let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, STUBBORN);
-    bed.registered(&id(&web, 80));
+/// A drain is over after three seconds, and not before.
+fn drained_for_three_seconds(name: &str, timeout: &str, args: &[&str]) {
+    let Some(bed) = Bed::new(name) else { return };
+    let _registrar = bed.registrar(&["--drain-timeout", timeout]);
+    let web = bed.stubborn(args);
     let began = Instant::now();
-    web.docker(&["kill", "--signal=TERM"]);
-    bed.in_maintenance(&id(&web, 80), "registrar: stopping");
+    bed.drains(&web);
     bed.out_of_maintenance(&id(&web, 80));
     assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
+}
+
+#[test]
+fn drain_timeout() {
+    drained_for_three_seconds("drain_timeout", "3", &[]);
 }
 
 /// The container's own time to stop counts where it is longer.
 #[test]
 fn drain_timeout_of_a_slow_container() {
-    let Some(bed) = Bed::new("drain_slow") else { return };
-    let _registrar = bed.registrar(&["--drain-timeout", "0"]);
-    let args: Vec<&str> = PUBLISHED.into_iter().chain(["--stop-timeout=3"]).collect();
-    let web = bed.docker.run_script(&bed.docker.name("web"), &args, STUBBORN);
-    bed.registered(&id(&web, 80));
-    let began = Instant::now();
-    web.docker(&["kill", "--signal=TERM"]);
-    bed.in_maintenance(&id(&web, 80), "registrar: stopping");
-    bed.out_of_maintenance(&id(&web, 80));
-    assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
+    drained_for_three_seconds("drain_slow", "0", &["--stop-timeout=3"]);
 }
 
 #[test]

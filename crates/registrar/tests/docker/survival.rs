@@ -7,8 +7,6 @@ use testbed::{Signal, eventually};
 
 use crate::bed::{Bed, PUBLISHED, SOON, id};
 
-const STUBBORN: &str = "trap : TERM; echo ready; while :; do sleep 0.05; done";
-
 #[test]
 fn a_crash() {
     let Some(bed) = Bed::new("crash") else { return };
@@ -57,11 +55,9 @@ fn an_upgrade() {
 fn a_drain_goes_on() {
     let Some(bed) = Bed::new("drain_goes_on") else { return };
     let mut registrar = bed.registrar(&[]);
-    let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, STUBBORN);
+    let web = bed.stubborn(&[]);
     let id = id(&web, 80);
-    bed.registered(&id);
-    web.docker(&["kill", "--signal=TERM"]);
-    bed.in_maintenance(&id, "registrar: stopping");
+    bed.drains(&web);
     registrar.kill();
     let mut registrar = bed.registrar(&[]);
     bed.settled();
@@ -78,11 +74,9 @@ fn a_drain_goes_on() {
 fn a_drain_that_goes_on_is_over_some_day() {
     let Some(bed) = Bed::new("drain_over") else { return };
     let mut registrar = bed.registrar(&[]);
-    let web = bed.docker.run_script(&bed.docker.name("web"), &PUBLISHED, STUBBORN);
+    let web = bed.stubborn(&[]);
     let id = id(&web, 80);
-    bed.registered(&id);
-    web.docker(&["kill", "--signal=TERM"]);
-    bed.in_maintenance(&id, "registrar: stopping");
+    bed.drains(&web);
     registrar.kill();
     let _registrar = bed.registrar(&["--drain-timeout", "2"]);
     bed.out_of_maintenance(&id);
