@@ -70,6 +70,11 @@ fn without_a_consul_it_answers_and_is_healthy() {
         if health == "healthy" { Ok(()) } else { Err(health) }
     });
     assert_eq!(nginx.exec("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1/"), "503");
+    // Who wants to see the status from outside has to say so.
+    let status = nginx.exec("curl -s 'http://127.0.0.1:8081/?format=html'");
+    assert!(status.contains("upstream") && status.contains("app"), "{status}");
+    let from_outside = "curl -s -o /dev/null http://$(hostname):8081/ || echo none";
+    assert_eq!(nginx.exec(from_outside), "none");
     let whole = nginx.exec("nginx -T 2>/dev/null");
     for line in [
         "consul_upstream \"a \\\"quoted\\\" name\" \"tag=blue\" \"tag=green\" guard=50% max_fails=3;",
@@ -82,7 +87,9 @@ fn without_a_consul_it_answers_and_is_healthy() {
     assert_eq!(nginx.exec("stat -c %a /run/consul.token"), "600");
     // It can be started again, and stopped in nginx's own way.
     nginx.docker(&["restart"]);
-    assert_eq!(nginx.exec("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1/"), "503");
+    eventually(PATIENCE, "it answers again", || {
+        nginx.exec("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1/ || true") == "503"
+    });
     nginx.docker(&["stop"]);
     assert_eq!(nginx.docker(&["inspect", "--format", "{{.State.ExitCode}}"]), "0");
 }

@@ -3,7 +3,10 @@
 //!
 //! `make test-stack` builds the images first. Without a Docker engine the tests are skipped.
 
+mod burst;
+mod datacenters;
 mod image;
+mod monitoring;
 mod stack;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +45,17 @@ fn serves(addr: SocketAddr, expected: &BTreeSet<String>) {
         let met = met(addr)?;
         thread::sleep(Duration::from_millis(10));
         if met == *expected { Ok(()) } else { Err(format!("{met:?}")) }
+    });
+}
+
+/// The status shows so many instances, and all is in sync.
+#[track_caller]
+fn knows(stack: &Stack, number: usize) {
+    eventually(PATIENCE, &format!("the status shows {number} instances"), || {
+        let status = stack.status()?;
+        let peers = status["upstreams"]["app"]["peers"].as_array().map(Vec::len);
+        let in_sync = status["in_sync"] == true;
+        if peers == Some(number) && in_sync { Ok(()) } else { Err(status.to_string()) }
     });
 }
 
@@ -117,6 +131,7 @@ fn scales_up_and_down_to_nothing_and_back() {
             assert!(took < LIVE, "{took:?}");
         }
         stack.converged("web", Duration::from_secs(10));
+        knows(&stack, number);
     }
     let report = load.stop();
     println!("{report}");
@@ -127,8 +142,10 @@ fn scales_up_and_down_to_nothing_and_back() {
     serves(stack.nginx, &status("503"));
     let page = Conn::open(stack.nginx).unwrap().get("/").unwrap();
     assert!(page.text().contains("Back soon"), "{}", page.text());
+    knows(&stack, 0);
     stack.scale("web", 1);
     serves(stack.nginx, &stack.names("web"));
+    knows(&stack, 1);
 }
 
 #[test]
@@ -200,27 +217,38 @@ fn a_server_that_lingers_is_stopped_without_a_lost_request() {
 fn everything_beside_nginx_may_be_restarted_and_nginx_reloaded() {
     /// What is registered is what runs, so soon after anything.
     const CONVERGED: Duration = Duration::from_secs(10);
-    let Some(stack) = Stack::up("restart", &["nginx", "registrar"]) else { return };
+    let services = ["nginx", "registrar"];
+    let Some(stack) = Stack::behind_a_proxy("restart", &services) else { return };
     stack.scale("web", 3);
     let names = stack.names("web");
     serves(stack.nginx, &names);
     let load = load(stack.nginx);
+    let again = |service: &str, within: Duration| {
+        stack.container(service).docker(&["restart", "--time", "5"]);
+        let begun = Instant::now();
+        stack.converged("web", within);
+        println!("{service} was restarted: what runs is registered {:?} later", begun.elapsed());
+    };
 
-    stack.container("consul").docker(&["restart", "--time", "5"]);
-    stack.converged("web", PATIENCE);
-    stack.container("registrar").docker(&["restart", "--time", "5"]);
-    stack.converged("web", CONVERGED);
-    // A registrar that is killed, and something happens meanwhile.
-    stack.container("registrar").docker(&["kill"]);
-    let gone = &stack.containers("web")[0];
-    gone.docker(&["stop", "--time", "5"]);
-    stack.compose(&["up", "--detach", "--no-build", "--no-recreate", "registrar"]);
-    stack.converged("web", CONVERGED);
+    again("consul", PATIENCE);
+    again("registrar", CONVERGED);
+    again("docker-proxy", CONVERGED);
+    // A registrar that is killed, and one that loses the engine, while something happens.
+    for (service, verb) in [("registrar", "kill"), ("docker-proxy", "stop")] {
+        stack.container(service).docker(&[verb]);
+        let gone = &stack.containers("web")[0];
+        gone.docker(&["stop", "--time", "5"]);
+        stack.compose(&["up", "--detach", "--no-build", "--no-recreate", service]);
+        let begun = Instant::now();
+        stack.converged("web", CONVERGED);
+        println!("{service} is back: what runs is registered {:?} later", begun.elapsed());
+        stack.scale("web", 3);
+        serves(stack.nginx, &stack.names("web"));
+    }
     stack.container("nginx").exec(&["nginx", "-s", "reload"]);
     serves(stack.nginx, &stack.names("web"));
-    stack.scale("web", 3);
-    serves(stack.nginx, &stack.names("web"));
     stack.converged("web", CONVERGED);
+    knows(&stack, 3);
 
     let report = load.stop();
     println!("{report}");

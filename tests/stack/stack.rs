@@ -6,39 +6,95 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use testbed::http::Conn;
-use testbed::{Docker, eventually};
+use serde_json::Value;
+use testbed::{Docker, eventually, http};
 
 /// How long anything may take that has no bar of its own.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
+/// All that a stack may be made of.
+const PROFILES: [&str; 3] = ["test", "monitoring", "datacenters"];
+
 pub struct Stack {
     program: Vec<String>,
     project: String,
+    profiles: Vec<&'static str>,
+    files: Vec<&'static str>,
     env: Vec<(&'static str, String)>,
     /// nginx with what is set in its environment.
     pub nginx: SocketAddr,
     /// The one that never tries again.
     pub once: SocketAddr,
+    /// The one that shows two datacenters.
+    pub datacenters: SocketAddr,
     pub consul: SocketAddr,
+    pub prometheus: SocketAddr,
+    status: SocketAddr,
 }
 
 impl Stack {
-    /// None where there is no engine, which was said.
+    /// Brings services up. None where there is no engine, which was said.
     pub fn up(name: &str, services: &[&str]) -> Option<Stack> {
+        let stack = Stack::new(name)?;
+        stack.start(services);
+        Some(stack)
+    }
+
+    /// All services of a profile, and those that have none.
+    pub fn of_profile(name: &'static str) -> Option<Stack> {
+        let mut stack = Stack::new(name)?;
+        stack.profiles = vec![name];
+        stack.start(&[]);
+        Some(stack)
+    }
+
+    /// A registrar that reaches the engine through a proxy.
+    pub fn behind_a_proxy(name: &str, services: &[&str]) -> Option<Stack> {
+        let mut stack = Stack::new(name)?;
+        stack.files.push("tests/stack/proxy.yaml");
+        stack.start(services);
+        Some(stack)
+    }
+
+    fn new(name: &str) -> Option<Stack> {
         let docker = Docker::get()?;
-        let [nginx, once, consul] = free_ports();
+        let [nginx, once, datacenters, consul, prometheus, status] = free_ports();
+        let port = |addr: SocketAddr| addr.port().to_string();
         let env = vec![
             ("NGINX_PORT", nginx.to_string()),
             ("ONCE_PORT", once.to_string()),
-            ("CONSUL_PORT", consul.port().to_string()),
+            ("DATACENTERS_PORT", port(datacenters)),
+            ("CONSUL_PORT", port(consul)),
+            ("PROMETHEUS_PORT", port(prometheus)),
+            ("STATUS_PORT", port(status)),
         ];
         let project = docker.name(name).replace(|c: char| !c.is_ascii_alphanumeric(), "");
-        let stack = Stack { program: compose(), project, env, nginx, once, consul };
-        stack.compose(&[&["up", "--detach", "--no-build"], services].concat());
-        Some(stack)
+        Some(Stack {
+            program: compose(),
+            project,
+            profiles: Vec::new(),
+            files: vec!["compose.yaml", "tests/stack/compose.yaml"],
+            env,
+            nginx,
+            once,
+            datacenters,
+            consul,
+            prometheus,
+            status,
+        })
+    }
+
+    #[track_caller]
+    fn start(&self, services: &[&str]) {
+        self.compose(&[&["up", "--detach", "--no-build"], services].concat());
+    }
+
+    /// What nginx says of itself.
+    pub fn status(&self) -> Result<Value, String> {
+        let answer = http::get(self.status, "/").map_err(|err| err.to_string())?;
+        Ok(answer.json())
     }
 
     /// Runs compose.
@@ -53,7 +109,8 @@ impl Stack {
         let (program, first) = self.program.split_first().expect("a program");
         Command::new(program)
             .args(first)
-            .args(["--file", "compose.yaml", "--file", "tests/stack/compose.yaml"])
+            .args(self.files.iter().flat_map(|file| ["--file", file]))
+            .args(self.profiles.iter().flat_map(|profile| ["--profile", profile]))
             .args(["--project-name", &self.project])
             .args(args)
             .envs(self.env.iter().map(|(name, value)| (*name, value)))
@@ -102,20 +159,29 @@ impl Stack {
 
     /// What is registered of a service: the names of the containers.
     pub fn registered(&self, service: &str) -> Result<BTreeSet<String>, String> {
-        let mut conn = Conn::open(self.consul).map_err(|err| err.to_string())?;
+        let name = |service: &Value| {
+            let id = service["Meta"]["registrar_container"].as_str().unwrap_or_default();
+            id.chars().take(12).collect()
+        };
+        Ok(self.services(service)?.iter().map(name).collect())
+    }
+
+    /// What is registered of a service: the IDs.
+    pub fn ids(&self, service: &str) -> Result<BTreeSet<String>, String> {
+        let id = |service: &Value| service["ID"].as_str().unwrap_or_default().to_owned();
+        Ok(self.services(service)?.iter().map(id).collect())
+    }
+
+    fn services(&self, service: &str) -> Result<Vec<Value>, String> {
         let path = format!("/v1/health/service/{service}");
-        let answer = conn.get(&path).map_err(|err| err.to_string())?;
+        let answer = http::get(self.consul, &path).map_err(|err| err.to_string())?;
         // While it is restarted it has no leader.
         if answer.status != 200 {
             return Err(answer.text());
         }
-        let services = answer.json();
-        let services = services.as_array().ok_or_else(|| answer.text())?;
-        let container = |entry: &serde_json::Value| {
-            let id = entry["Service"]["Meta"]["registrar_container"].as_str().unwrap_or_default();
-            id.chars().take(12).collect()
-        };
-        Ok(services.iter().map(container).collect())
+        let mut entries = answer.json();
+        let entries = entries.as_array_mut().ok_or_else(|| answer.text())?;
+        Ok(entries.iter_mut().map(|entry| entry["Service"].take()).collect())
     }
 
     /// Waits until Consul knows what runs, no more and no less.
@@ -139,6 +205,7 @@ impl Drop for Stack {
                 }
             }
         }
+        self.profiles = PROFILES.into();
         let down = self.try_compose(&["down", "--volumes", "--remove-orphans", "--timeout", "1"]);
         if !down.status.success() {
             eprintln!("compose down: {}", text(&down));
