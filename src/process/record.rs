@@ -74,6 +74,9 @@ pub struct Report {
     pub held_updates: u64,
     pub sources: Vec<Heard>,
     pub excluded: Vec<Row>,
+    /// Those of the workers before this one: since when is known of them. Nobody is shown them.
+    #[serde(skip)]
+    pub before: Vec<Row>,
     /// How many more instances do not serve.
     pub omitted: u64,
     pub marks: Vec<Mark>,

@@ -21,7 +21,7 @@ pub fn begin(place: &Board) -> Record {
     // Nothing is known yet of what serves: the thread will say.
     let report = &mut record.report;
     (report.held, report.held_until, report.panic) = (0, None, false);
-    report.excluded.clear();
+    report.before = std::mem::take(&mut report.excluded);
     report.omitted = 0;
     report.marks.clear();
     report.more_marks = false;

@@ -46,13 +46,18 @@ impl Tale {
                 ..heard
             },
         };
+        // Since when an instance does not serve is carried over with its row.
+        let number = told.sources.iter().position(|heard| heard.key == key);
+        let number = number.map_or(0, |number| number as u32 + 1);
+        let rows = told.before.iter().filter(|row| row.source == number);
+        let out = rows.map(|row| ((row.node.clone(), row.id.clone()), (row.reason, row.since)));
         // One count of the upstream: its first line has it.
         let is_first = told.sources.first().is_some_and(|first| first.key == key);
         Self {
             heard,
             held_updates: if is_first { told.held_updates } else { 0 },
             until: None,
-            out: HashMap::new(),
+            out: out.collect(),
             rows: Vec::new(),
             omitted: 0,
         }
@@ -115,6 +120,9 @@ fn row(selection: &Selection, instance: &Instance, reason: policy::Reason, since
     let missing = || selection.tags.iter().find(|tag| !instance.tags.contains(tag));
     let detail = match reason {
         policy::Reason::Tag => missing().map(|tag| brief::<32>(tag)),
+        policy::Reason::Critical | policy::Reason::Warning | policy::Reason::Maintenance => {
+            instance.check.as_deref().map(brief::<32>)
+        }
         policy::Reason::Unusable(Unusable::Unresolved) => instance.name().map(brief::<32>),
         _ => None,
     };

@@ -1093,3 +1093,110 @@ fn an_outage_raises_the_alarm_of_a_real_prometheus() {
         if firing.is_empty() { Ok(()) } else { Err(format!("{firing:?}")) }
     });
 }
+
+/// One instance through every reason that there is, each read in all three formats.
+#[test]
+fn one_instance_goes_through_every_reason() {
+    let stage = Stage::set("status-every-reason");
+    let good = Instance::start(&stage.net, "web", "web-good").with(|it| it.tag("app"));
+    let one = Instance::start(&stage.net, "web", "web-one");
+    let here = one.addr();
+    let service = || Service::new("web", "web-one", here);
+    let tagged = || service().tag("app");
+    let checked = |status| tagged().weights(1, 0).check(Check::ttl().initially(status));
+    stage.register([&good]);
+    let addr = own_addr(&stage);
+    let line = "consul_upstream web tag=app";
+    let builder = stage.nginx().http(format!(
+        "upstream web {{ zone web 32k; {line}; }}
+         upstream tolerant {{ zone tolerant 256k; {line} health=warning; }}"
+    ));
+    let mut nginx = with_status(builder.server("web"), addr, "").start();
+    nginx.allow_log("is full");
+    serves(nginx.addr(), &["web-good"]);
+    let reads = |upstream: &str, reason: &str| -> Value {
+        let path = format!("/consul/upstreams/{upstream}");
+        let row = watch(&format!("{reason} in JSON"), || {
+            let document = http::get(addr, &path).map_err(text)?.json();
+            let rows = document["upstreams"][upstream]["excluded"].as_array().cloned();
+            let row = rows.iter().flatten().find(|row| row["service_id"] == "web-one").cloned();
+            row.filter(|row| row["reason"] == reason).ok_or_else(|| document.to_string())
+        });
+        let page = get(addr, &format!("{path}?format=html&q=web-one")).text();
+        // Beside its name, in the table of those that do not serve.
+        let (_, behind) = page.split_once("not serving").unwrap_or_default();
+        assert!(behind.contains("web-one"), "{reason}: {page}");
+        assert!(behind.contains(&format!(" {reason}</")), "{reason}: {page}");
+        let metrics = get(addr, &format!("{path}?format=prometheus")).text();
+        let series = format!(
+            "nginx_consul_source_excluded{{upstream=\"{upstream}\",protocol=\"http\",source=\"1\",\
+             reason=\"{reason}\"}} 1\n"
+        );
+        assert!(metrics.contains(&series), "{series} {metrics}");
+        row
+    };
+    let mut seen = BTreeSet::new();
+    let mut reason = |upstream: &str, reason: &'static str| {
+        assert!(seen.insert(reason));
+        reads(upstream, reason)
+    };
+
+    stage.consul.register(&checked(Status::Critical));
+    let row = reason("web", "critical");
+    assert_eq!(row["status"], "critical");
+    assert!(row["detail"].as_str().is_some_and(|id| id.contains("web-one")), "its check: {row}");
+    stage.consul.check("web-one", Status::Warning);
+    reason("web", "warning");
+    reason("tolerant", "weight-0");
+    stage.consul.deregister("web-one");
+    stage.consul.register(&tagged());
+    stage.consul.maintenance("web-one", true, "somebody");
+    let row = reason("web", "maintenance");
+    assert_eq!(row["detail"], "_service_maintenance:web-one");
+    // A reload is no new beginning of it.
+    nginx.reload();
+    let after = reads("web", "maintenance");
+    assert!((millis(&after["since"]) - millis(&row["since"])).abs() <= 5, "{row} {after}");
+    stage.consul.maintenance("web-one", false, "");
+    stage.consul.register(&service());
+    assert_eq!(reason("web", "tag")["detail"], "app");
+    stage.consul.register(&tagged().address("1.2.3"));
+    reason("web", "invalid-address");
+    stage.consul.register(&tagged().address("no-such-host.invalid"));
+    assert_eq!(reason("web", "unresolved")["detail"], "no-such-host.invalid");
+    stage.consul.register(&tagged().port(0));
+    reason("web", "no-port");
+    stage.consul.register(&Service::new("web", "web-one", good.addr()).tag("app"));
+    reason("web", "duplicate");
+    // What an agent would refuse the catalog takes.
+    stage.consul.deregister("web-one");
+    let body = json!({
+        "Node": "elsewhere",
+        "Address": "127.0.0.1",
+        "Service": { "ID": "web-one", "Service": "web", "Tags": ["app"], "Port": 70000 },
+    });
+    stage.consul.put("/v1/catalog/register", &body.to_string());
+    reason("web", "invalid-port");
+    stage.consul.put("/v1/catalog/deregister", &json!({ "Node": "elsewhere" }).to_string());
+
+    // Others come until one is refused; without that one there is no room for any.
+    shows(addr, "in sync", |app| app["sync"] == "in-sync" && app["sources"][0]["registered"] == 1);
+    for n in 0..100u8 {
+        let id = format!("web-more-{n:02}");
+        let other = SocketAddr::from(([127, 9, 0, n + 1], 80));
+        stage.consul.register(&Service::new("web", &id, other).tag("app"));
+        let document = shows(addr, "applied or refused", |app| {
+            let source = &app["sources"][0];
+            source["registered"] == u64::from(n) + 2
+                && (app["sync"] == "refused" || source["serving"] == u64::from(n) + 2)
+        });
+        if app(&document)["sync"] == "refused" {
+            stage.consul.deregister(&id);
+            break;
+        }
+    }
+    shows(addr, "in sync", |app| app["sync"] == "in-sync");
+    stage.consul.register(&tagged());
+    reason("web", "not-applied");
+    assert_eq!(seen.len(), 11, "{seen:?}");
+}

@@ -146,11 +146,16 @@ impl Entry {
     fn judge(self, network: Network) -> Instance {
         let (host, port) = self.address(network);
         let address = address(host, port);
-        let checks = self.checks.unwrap_or_default();
+        // Of several that are as bad, always the same one: Consul's order is not stable.
+        let checks = self.checks.unwrap_or_default().into_iter();
+        let worst = checks
+            .max_by(|a, b| a.status().cmp(&b.status()).then_with(|| b.id.cmp(&a.id)))
+            .filter(|check| check.status() > Status::Passing);
         Instance {
             address,
             tags: self.service.tags.unwrap_or_default(),
-            status: checks.iter().map(Check::status).max().unwrap_or(Status::Passing),
+            status: worst.as_ref().map_or(Status::Passing, Check::status),
+            check: worst.map(|check| check.id.into()),
             weights: self.service.weights.map(WeightValues::judge).unwrap_or_default(),
             meta: {
                 let mut meta = self.service.meta.unwrap_or_default();
@@ -274,6 +279,7 @@ mod tests {
             address: Ok(at("10.0.0.1:80")),
             tags: vec!["app".into()],
             status: Status::Passing,
+            check: None,
             weights: Weights { passing: 3, warning: 0 },
             meta: BTreeMap::new(),
         };
@@ -304,6 +310,14 @@ mod tests {
             status_of(json!([check("_service_maintenance:a", "critical")])),
             Status::Maintenance
         );
+        let named = |checks| one(entry(json!({"ID": "a", "Port": 80}), checks)).check;
+        assert_eq!(named(json!([check("a", "passing")])), None);
+        for checks in [
+            json!([check("a", "warning"), check("c", "critical"), check("b", "critical")]),
+            json!([check("b", "critical"), check("a", "warning"), check("c", "critical")]),
+        ] {
+            assert_eq!(named(checks).as_deref(), Some("b"));
+        }
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Instance {
     pub tags: Vec<String>,
     /// The worst of its checks and its node's.
     pub status: Status,
+    /// The ID of the check that says so; none while it is passing.
+    pub check: Option<Box<str>>,
     /// Its weights.
     pub weights: Weights,
     /// What of its `Meta` is meant for nginx: the keys that begin with `nginx_`.

@@ -259,6 +259,7 @@ mod tests {
             address: at("10.0.0.1", 80),
             tags: vec!["app".into(), "blue".into()],
             status,
+            check: None,
             weights: Weights { passing: 5, warning: 2 },
             meta: Default::default(),
         }
