@@ -7,14 +7,17 @@ use testbed::eventually;
 use crate::knows;
 use crate::stack::Stack;
 
-/// How many, unless `STACK_BURST` says otherwise.
-const BURST: usize = 200;
+/// How many, unless `STACK_BURST` says otherwise: what two busy cores start in twenty seconds.
+const BURST: usize = 60;
 
 /// How long after the last event all has to be as it should.
 const CONVERGED: Duration = Duration::from_secs(10);
 
 /// What the registrar may keep of containers that are gone, beside what an allocator keeps for itself.
 const KEPT: u64 = 4 << 20;
+
+/// By how many its idle connections may differ: one for each container that was there would be more.
+const CONNECTIONS: u64 = 10;
 
 #[test]
 fn many_come_and_go_at_once() {
@@ -27,7 +30,7 @@ fn many_come_and_go_at_once() {
     let after = Kept::by(&stack);
     println!("the registrar before: {before:?}, after: {after:?}");
     assert!(after.bytes <= before.bytes + KEPT, "{after:?}");
-    assert!(after.descriptors <= before.descriptors, "{after:?}");
+    assert!(after.descriptors <= before.descriptors + CONNECTIONS, "{after:?}");
 }
 
 #[track_caller]
@@ -52,14 +55,14 @@ struct Kept {
 }
 
 impl Kept {
-    /// Once nothing is under way any longer: a connection that is kept idle is not a leak.
+    /// Once nothing is under way any longer. Connections that are kept idle are among the descriptors.
     fn by(stack: &Stack) -> Kept {
         let registrar = stack.container("registrar");
         let number = |script: &str| -> u64 {
             registrar.exec(&["sh", "-c", script]).parse().expect("a number")
         };
         let mut last = u64::MAX;
-        let descriptors = eventually(Duration::from_secs(120), "connections are closed", || {
+        let descriptors = eventually(Duration::from_secs(120), "nothing is under way", || {
             let now = number("ls /proc/1/fd | wc -l");
             std::thread::sleep(Duration::from_secs(5));
             let steady = now == last;

@@ -69,6 +69,8 @@ impl Stack {
             ("CONSUL_PORT", port(consul)),
             ("PROMETHEUS_PORT", port(prometheus)),
             ("STATUS_PORT", port(status)),
+            // How long the older Compose waits for the engine, which may be busy.
+            ("COMPOSE_HTTP_TIMEOUT", "300".to_owned()),
         ];
         let project = docker.name(name).replace(|c: char| !c.is_ascii_alphanumeric(), "");
         Some(Stack {
