@@ -211,6 +211,15 @@ impl Drop for Stack {
         let down = self.try_compose(&["down", "--volumes", "--remove-orphans", "--timeout", "1"]);
         if !down.status.success() {
             eprintln!("compose down: {}", text(&down));
+            // It gives up at a network that the engine does not let go, before it comes to the volumes.
+            let project = format!("label=com.docker.compose.project={}", self.project);
+            let volumes = Command::new("docker")
+                .args(["volume", "ls", "--quiet", "--filter", &project])
+                .output();
+            let volumes = volumes.map(|output| output.stdout).unwrap_or_default();
+            for volume in String::from_utf8_lossy(&volumes).lines() {
+                let _ = Command::new("docker").args(["volume", "rm", "--force", volume]).output();
+            }
         }
     }
 }
