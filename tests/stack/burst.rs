@@ -16,9 +16,6 @@ const CONVERGED: Duration = Duration::from_secs(10);
 /// What the registrar may keep of containers that are gone, beside what an allocator keeps for itself.
 const KEPT: u64 = 4 << 20;
 
-/// By how many its idle connections may differ: one for each container that was there would be more.
-const CONNECTIONS: u64 = 10;
-
 #[test]
 fn many_come_and_go_at_once() {
     let number = std::env::var("STACK_BURST").ok().and_then(|n| n.parse().ok()).unwrap_or(BURST);
@@ -30,7 +27,10 @@ fn many_come_and_go_at_once() {
     let after = Kept::by(&stack);
     println!("the registrar before: {before:?}, after: {after:?}");
     assert!(after.bytes <= before.bytes + KEPT, "{after:?}");
-    assert!(after.descriptors <= before.descriptors + CONNECTIONS, "{after:?}");
+    // It keeps as many idle connections as were in use at once, which differs from one burst to the next. One that
+    // is lost with each container would be more.
+    let idle = number as u64 * 3 / 4;
+    assert!(after.descriptors <= before.descriptors + idle, "{after:?}");
 }
 
 #[track_caller]
