@@ -511,6 +511,8 @@ async fn body(response: &mut Response, limit: usize) -> Result<Vec<u8>, Error> {
     }
     // The task of the connection and the one that puts it back into the pool run now: otherwise
     // the next question, asked at once, would open another connection.
-    yield_now().await;
+    for _ in 0..3 {
+        yield_now().await;
+    }
     Ok(body)
 }
