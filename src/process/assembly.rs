@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use consul_watch::agent::Address;
-use consul_watch::error::{Error, printable};
+use consul_watch::backoff::Backoff;
+use consul_watch::error::{Error, Retry, printable};
 use consul_watch::instance::Instance;
 use consul_watch::policy::{self, Guard, Key, Peer};
 use consul_watch::report::Report;
@@ -29,12 +30,9 @@ use super::plan::{Line, UpstreamPlan, WatchPlan};
 use super::record::{Heard, Report as Told};
 use super::tale::{Tale, told};
 
-/// A set is stored at most this often.
-const STORE: Duration = Duration::from_secs(1);
-
-/// After a failure it is tried again after that time, then after twice that, up to this: a
+/// A set is stored at most this often; after a failure it is tried again less and less often: a
 /// thousand upstreams and a directory that is missing are no reason to be busy.
-const STORE_AGAIN: Duration = Duration::from_secs(30);
+const STORE: Duration = Duration::from_secs(1);
 
 /// The same complaint is not logged again within this time.
 const REPEAT: Duration = Duration::from_secs(60);
@@ -144,17 +142,21 @@ impl Assembly {
     /// Stores what serves, a while after each change.
     pub async fn keep_stored(&self, store: &Store, handoff: &Handoff) -> Infallible {
         let mut complained: Option<Instant> = None;
-        let mut rest = STORE;
+        let mut backoff = Backoff::default();
         loop {
             self.news.notified().await;
             if handoff.is_exiting() {
                 // The file is the next generation's, which may ask for something else.
                 continue;
             }
+            let mut rest = STORE;
             match store.save(&self.name, &self.state()) {
-                Ok(_) => (complained, rest) = (None, STORE),
+                Ok(_) => {
+                    complained = None;
+                    backoff.reset();
+                }
                 Err(err) => {
-                    rest = (rest * 2).min(STORE_AGAIN);
+                    rest += backoff.next(Retry::BackOff);
                     let now = Instant::now();
                     if complained.is_none_or(|at| now - at >= REPEAT) {
                         complained = Some(now);
