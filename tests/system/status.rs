@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
 use testbed::{
-    Check, Dir, Load, Net, Options, Process, Service, Signal, Status, eventually, nginx,
+    Check, Dir, Load, Net, Nginx, Options, Process, Service, Signal, Status, eventually, nginx,
 };
 
 use crate::common::{
@@ -367,11 +367,9 @@ fn every_instance_that_does_not_serve_says_why() {
     assert_eq!(first, format!("+{}", maintained.addr()));
 }
 
-/// Consul dies: the errors count, and when the last answer is too old the status says so; when it
-/// is back, all is well again, and nothing is forgotten.
-#[test]
-fn a_consul_that_is_gone_is_stale_and_comes_back() {
-    let mut stage = Stage::with("status-stale", |consul| consul.persistent());
+/// What serves, with its status at the address, and a Consul that may die and come back.
+fn before_an_outage(name: &str) -> (Stage, [Instance; 2], Nginx, SocketAddr) {
+    let stage = Stage::with(name, |consul| consul.persistent());
     let web: [Instance; 2] = stage.web();
     stage.register(&web);
     let addr = own_addr(&stage);
@@ -379,6 +377,14 @@ fn a_consul_that_is_gone_is_stale_and_comes_back() {
     let mut nginx = with_status(builder, addr, "").start();
     nginx.allow_log("[error]");
     serves(nginx.addr(), &["web-1", "web-2"]);
+    (stage, web, nginx, addr)
+}
+
+/// Consul dies: the errors count, and when the last answer is too old the status says so; when it
+/// is back, all is well again, and nothing is forgotten.
+#[test]
+fn a_consul_that_is_gone_is_stale_and_comes_back() {
+    let (mut stage, _web, mut nginx, addr) = before_an_outage("status-stale");
     let before = shows(addr, "in sync", |app| app["sync"] == "in-sync");
     stage.consul.kill();
     let begin = Instant::now();
@@ -1024,14 +1030,7 @@ fn millis(time: &Value) -> i64 {
 #[test]
 fn an_outage_raises_the_alarm_of_a_real_prometheus() {
     const COUNTS: i64 = 2 * (1_000 + 1_000 / 16 + 12_000);
-    let mut stage = Stage::with("status-prometheus", |consul| consul.persistent());
-    let web: [Instance; 2] = stage.web();
-    stage.register(&web);
-    let addr = own_addr(&stage);
-    let builder = stage.nginx().http(SHORT).workers(2).upstream("web", "consul_upstream web;");
-    let mut nginx = with_status(builder, addr, "").start();
-    nginx.allow_log("[error]");
-    serves(nginx.addr(), &["web-1", "web-2"]);
+    let (mut stage, _web, _nginx, addr) = before_an_outage("status-prometheus");
     shows(addr, "in sync", |app| app["sync"] == "in-sync");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/nginx-conf/prometheus-rules.yml");
     let rules = std::fs::read_to_string(path).unwrap();
@@ -1059,6 +1058,7 @@ fn an_outage_raises_the_alarm_of_a_real_prometheus() {
     eventually(patience, "the alert fires", || {
         let firing = prometheus.firing()?;
         let expected = BTreeSet::from(["ConsulDiscoveryStale".to_owned()]);
+        // Between two looks: it evaluates its rules once a second.
         thread::sleep(Duration::from_millis(100));
         if firing == expected { Ok(()) } else { Err(format!("{firing:?}")) }
     });
