@@ -134,6 +134,9 @@ fn peers(number: usize, quick: bool) -> bool {
     met && matches!(tails[..], [_, file, status] if status <= file + LOCKED)
 }
 
+/// What has not changed in so many looks at it stands still.
+const STILL: usize = 50;
+
 /// What a worker needs for an answer that nobody takes, the first that it gives.
 fn slow_reader(addr: SocketAddr, number: usize, pids: &[u32]) -> (bool, String) {
     let before: Vec<usize> = pids.iter().map(|pid| memory(*pid)).collect();
@@ -142,12 +145,16 @@ fn slow_reader(addr: SocketAddr, number: usize, pids: &[u32]) -> (bool, String) 
     let mut begun = [0; 15];
     slow.read_exact(&mut begun).expect("an answer begins");
     assert_eq!(&begun, b"HTTP/1.1 200 OK");
-    // What it makes beyond that the kernel takes at once, or nobody does.
-    thread::sleep(Duration::from_millis(300));
-    let after = pids.iter().map(|pid| memory(*pid));
-    let grown = after.zip(before).map(|(after, before)| after.saturating_sub(before)).max();
-    let grown = grown.unwrap_or(0);
-    assert!(grown > 0, "the answer is somewhere");
+    // What it makes beyond that the kernel takes at once, or nobody does: then it stands still.
+    let (mut last, mut looks) = (0, 0);
+    let grown = eventually(PATIENCE, "the answer is somewhere", || {
+        let after = pids.iter().map(|pid| memory(*pid));
+        let grown = after.zip(&before).map(|(after, before)| after.saturating_sub(*before)).max();
+        let grown = grown.unwrap_or(0);
+        looks = if grown == last { looks + 1 } else { 0 };
+        last = grown;
+        (grown > 0 && looks >= STILL).then_some(grown).ok_or(grown)
+    });
     let said = format!(
         "an answer that nobody takes: {} kB of memory, {} bytes for each peer (bar: {ROW}, and 64 KiB)",
         grown / 1000,

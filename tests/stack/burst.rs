@@ -64,6 +64,7 @@ impl Kept {
         let mut last = u64::MAX;
         let descriptors = eventually(Duration::from_secs(120), "nothing is under way", || {
             let now = number("ls /proc/1/fd | wc -l");
+            // Between two looks that have to agree.
             std::thread::sleep(Duration::from_secs(5));
             let steady = now == last;
             last = now;
