@@ -760,6 +760,40 @@ fn it_is_written_once_a_second_while_a_service_flaps() {
     assert!((3..=most).contains(&writes.len()), "{} writes, {rests:?}", writes.len());
 }
 
+/// What cannot be stored is tried again less and less often: many upstreams may share the reason.
+#[test]
+fn what_cannot_be_stored_is_tried_less_and_less_often() {
+    const LONG: Duration = Duration::from_secs(15);
+    let stage = Stage::set("state_tries");
+    let [one, two] = stage.web();
+    stage.register([&one]);
+    let nginx = stage.nginx().upstream("web", WEB).start();
+    let dir = kept(&stage.dir);
+    wait_stored(&dir, "web", &["web-1"]);
+    // Nothing can take the place of a directory that is not empty.
+    fs::remove_file(dir.join("web.json")).unwrap();
+    fs::create_dir(dir.join("web.json")).unwrap();
+    File::create(dir.join("web.json/stays")).unwrap();
+
+    let end = AtomicBool::new(false);
+    let marks = thread::scope(|scope| {
+        // Each try makes a file there, and removes it.
+        let watching = scope.spawn(|| watch_writes(&dir, &end));
+        stage.register([&two]);
+        nginx.wait_log("cannot write", 1, PATIENCE);
+        let begin = Instant::now();
+        eventually(PATIENCE, "it tries for long enough", || begin.elapsed() >= LONG);
+        end.store(true, Ordering::Relaxed);
+        watching.join().unwrap()
+    });
+    let times: Vec<f64> = marks.iter().map(|it| it.1 as f64 + it.2 as f64 / 1e9).collect();
+    let tries = times.windows(2).filter(|two| two[1] - two[0] > 0.5).count();
+    // Once a second would be 14 more after the first one.
+    assert!((2..=11).contains(&tries), "{tries} more tries: {times:?}");
+    fs::remove_dir_all(dir.join("web.json")).unwrap();
+    wait_stored(&dir, "web", &["web-1", "web-2"]);
+}
+
 /// Neither news of other things (the index), nor a reload, nor another worker.
 #[test]
 fn it_is_not_written_while_nothing_changes() {
