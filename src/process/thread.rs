@@ -36,6 +36,11 @@ const NEWS: Duration = Duration::from_secs(1);
 /// Without news the thread says so often that it lives.
 const BEAT: Duration = Duration::from_secs(5);
 
+/// Where watches take turns on connections, answers wait for each other this long: one by one each
+/// finds a processor that has to wake and a cache that is cold, which costs several times their
+/// work. Whoever waits seconds for a turn does not notice.
+const LULL: Duration = Duration::from_millis(10);
+
 /// The thread, and how to end it.
 pub struct Thread {
     stop: Option<oneshot::Sender<Infallible>>,
@@ -93,9 +98,22 @@ fn run(plan: Plan, handoff: Arc<Handoff>, mut stopped: oneshot::Receiver<Infalli
     let started = Moment::now();
     loop {
         let result = catch_unwind(AssertUnwindSafe(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let warn = handoff.clone();
+            let pool = Arc::new(Pool::new(plan.max_connections, move |text| {
+                warn.note(NGX_LOG_WARN, format!("consul: {text}"));
+            }));
+            // The runtime keeps what it calls: a reference would keep the pool's connections.
+            let crowd = Arc::downgrade(&pool);
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .on_thread_park(move || {
+                    if crowd.upgrade().is_some_and(|pool| pool.is_crowded()) {
+                        std::thread::sleep(LULL);
+                    }
+                })
+                .build()?;
             let tasks = LocalSet::new();
-            let watches = supervise(plan.clone(), handoff.clone(), started);
+            let watches = supervise(plan.clone(), pool, handoff.clone(), started);
             runtime.block_on(tasks.run_until(async {
                 tokio::select! {
                     _ = &mut stopped => Ok::<(), io::Error>(()),
@@ -141,7 +159,12 @@ fn pause(wait: Duration, stopped: &mut oneshot::Receiver<Infallible>) -> bool {
 }
 
 /// Runs all watches. One that panics is started again; the others do not notice.
-async fn supervise(plan: Plan, handoff: Arc<Handoff>, started: Moment) -> Infallible {
+async fn supervise(
+    plan: Plan,
+    pool: Arc<Pool>,
+    handoff: Arc<Handoff>,
+    started: Moment,
+) -> Infallible {
     failpoint::panic("thread");
     let datacenters: Vec<Option<String>> =
         plan.watches.iter().map(|watch| datacenter(&plan, watch)).collect();
@@ -157,11 +180,6 @@ async fn supervise(plan: Plan, handoff: Arc<Handoff>, started: Moment) -> Infall
             spawn_local(async move { upstreams[number].keep_stored(&store, &handoff).await });
         }
     }
-    let warn = handoff.clone();
-    let pool = Pool::new(plan.max_connections, move |text| {
-        warn.note(NGX_LOG_WARN, format!("consul: {text}"));
-    });
-    let pool = Rc::new(pool);
     // Before anybody is asked: clients are shared. A client that cannot be made is an error later.
     for (watch, datacenter) in plan.watches.iter().zip(datacenters) {
         if let (Some(datacenter), Ok(client)) = (datacenter, pool.client(&watch.agents)) {
@@ -239,7 +257,7 @@ fn datacenter(plan: &Plan, watch: &WatchPlan) -> Option<String> {
 struct Watcher {
     watch: WatchPlan,
     upstreams: Rc<[Assembly]>,
-    pool: Rc<Pool>,
+    pool: Arc<Pool>,
     lookup: Resolver,
     reached: Reached,
     handoff: Arc<Handoff>,

@@ -78,6 +78,12 @@ pub struct AgentInfo {
 }
 
 impl Pool {
+    /// Whether watches of some agent take turns: there are more of them than connections.
+    pub fn is_crowded(&self) -> bool {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.limits.values().any(|limit| limit.is_crowded())
+    }
+
     /// The agents that are asked, in the order of their addresses.
     pub fn agents(&self) -> Vec<AgentInfo> {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -134,6 +140,10 @@ impl Limit {
         Self { connections, permits, watches: Arc::default(), epoch: Instant::now() }
     }
 
+    fn is_crowded(&self) -> bool {
+        self.watches.load(Ordering::Relaxed) > self.connections
+    }
+
     fn in_use(&self) -> usize {
         self.connections.saturating_sub(self.permits.available_permits())
     }
@@ -155,10 +165,10 @@ impl Limit {
     /// The turns of all connections end together, give or take the sixteenth: answers that come
     /// one by one find a cold processor each, and cost half as much again.
     pub(crate) fn wait(&self, configured: Duration) -> Duration {
-        let watches = self.watches.load(Ordering::Relaxed);
-        if watches <= self.connections {
+        if !self.is_crowded() {
             return configured;
         }
+        let watches = self.watches.load(Ordering::Relaxed);
         // Consul adds up to a sixteenth to the last wait of a round; those before end with theirs.
         let turns = watches as f64 / self.connections as f64 + 1.0 / 16.0;
         let turn = ROUND.div_f64(turns).max(SHORTEST);
@@ -239,6 +249,24 @@ mod tests {
         }
         assert!(longest <= Duration::from_secs(15), "{longest:?}");
         assert!(longest >= Duration::from_secs(10), "{longest:?}");
+    }
+
+    #[tokio::test]
+    async fn a_pool_is_crowded_where_one_agent_has_more_watches_than_connections() {
+        let pool = Pool::new(2, |text| panic!("{text}"));
+        let service = |port: u16| {
+            let address = Address::parse(&format!("http://127.0.0.1:{port}")).unwrap();
+            let client = pool.client(&Agents::at(address)).unwrap();
+            client.service(crate::Query::new("web").unwrap())
+        };
+        assert!(!pool.is_crowded(), "nobody is asked");
+        let _elsewhere = [service(1), service(1)];
+        let _two = [service(2), service(2)];
+        assert!(!pool.is_crowded());
+        let third = service(2);
+        assert!(pool.is_crowded());
+        drop(third);
+        assert!(!pool.is_crowded());
     }
 
     #[tokio::test]
