@@ -14,8 +14,7 @@ use core::mem::offset_of;
 use core::{ptr, slice};
 use std::time::Instant;
 
-use nginx_peers::Label;
-use nginx_peers::meter::{self, Attempt, Meter};
+use nginx_peers::meter::{Attempt, Meter};
 use nginx_peers::retry::Attempts;
 use nginx_sys::{
     NGX_BUSY, NGX_DONE, NGX_ERROR, NGX_OK, NGX_PEER_FAILED, NGX_PEER_NEXT, ngx_current_msec,
@@ -27,7 +26,7 @@ use nginx_sys::{
 use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
 
 use crate::conf::finish::server_conf;
-use crate::failpoint;
+use crate::{failpoint, instances};
 
 const OK: ngx_int_t = NGX_OK as ngx_int_t;
 const DONE: ngx_int_t = NGX_DONE as ngx_int_t;
@@ -44,34 +43,6 @@ struct Balancer {
     attempts: Attempts,
     /// The peer that the request holds, if it has a meter.
     peer: *mut ngx_http_upstream_rr_peer_t,
-    /// The label of the peer that was given last, and its length: the peer itself may be gone when
-    /// the request is logged.
-    label: ([u8; Label::SIZE], usize),
-}
-
-/// What a request's last peer was, and whose.
-pub struct Last {
-    pub upstream: *mut ngx_http_upstream_srv_conf_t,
-    pub label: Label,
-}
-
-/// The peer that a request was given last; none where that was no instance of Consul's.
-///
-/// # Safety
-///
-/// `request` is live.
-pub unsafe fn last_peer(request: *mut ngx_http_request_t) -> Option<Last> {
-    let ours: unsafe extern "C" fn(*mut ngx_peer_connection_t, *mut c_void) -> ngx_int_t = get;
-    // SAFETY: the caller's promise. Where the callback is ours, so are the data, which live in the
-    // request's pool.
-    unsafe {
-        let pc = &(*request).upstream.as_ref()?.peer;
-        if !pc.get.is_some_and(|get| ptr::fn_addr_eq(get, ours)) {
-            return None;
-        }
-        let Balancer { upstream, label: (label, len), .. } = &*pc.data.cast::<Balancer>();
-        Some(Last { upstream: *upstream, label: Label::read(label.get(..*len)?)? })
-    }
 }
 
 /// The fields of `ngx_peer_connection_t` that a balancer fills in.
@@ -116,8 +87,7 @@ pub unsafe extern "C" fn init_peer(
         }
         let (inner, attempts) = (Inner::of(pc), Attempts::new(limit));
         let peer = ptr::null_mut();
-        let label = ([0; Label::SIZE], 0);
-        balancer.write(Balancer { request, upstream, inner, config, attempts, peer, label });
+        balancer.write(Balancer { request, upstream, inner, config, attempts, peer });
         (*balancer).wrap(pc);
         OK
     }
@@ -175,6 +145,21 @@ unsafe fn list_of(
 unsafe fn config_of(upstream: *mut ngx_http_upstream_srv_conf_t) -> ngx_uint_t {
     // SAFETY: a list in a zone has a counter; another process may write it meanwhile, one word.
     unsafe { (*list_of(upstream)).config.read_volatile() }
+}
+
+/// The address of the peer that was chosen.
+///
+/// # Safety
+///
+/// `pc` is a live request's, which holds a peer; the result is not used after that.
+unsafe fn address_of<'a>(pc: *mut ngx_peer_connection_t) -> &'a [u8] {
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts((*pc).sockaddr.cast(), (*pc).socklen as usize) }
+}
+
+/// Whether an attempt ended without an answer that the request keeps, by whichever of its names.
+fn has_failed(state: ngx_uint_t) -> bool {
+    state & (NGX_PEER_FAILED | NGX_PEER_NEXT) as ngx_uint_t != 0
 }
 
 impl Inner {
@@ -271,12 +256,10 @@ impl Balancer {
             if rc != OK && rc != DONE {
                 return rc;
             }
-            // SAFETY: the balancer has chosen, and the peer is held until `free`.
-            let address =
-                unsafe { slice::from_raw_parts((*pc).sockaddr.cast(), (*pc).socklen as usize) };
             // A cached connection is another chance with a peer that was tried.
-            if rc == DONE || !self.attempts.was_tried(address) {
-                self.attempts.given(address);
+            // SAFETY: the balancer has chosen, and the peer is held until `free`.
+            if rc == DONE || !self.attempts.was_tried(unsafe { address_of(pc) }) {
+                self.attempts.given();
                 // SAFETY: the caller's promise; the balancer has just chosen.
                 unsafe { self.count_pick(pc) };
                 return rc;
@@ -298,7 +281,7 @@ impl Balancer {
         }
     }
 
-    /// Counts an attempt, and remembers whose it is.
+    /// Counts an attempt, and lets it be remembered whose it is.
     ///
     /// # Safety
     ///
@@ -316,13 +299,12 @@ impl Balancer {
                 (*pc).name.wrapping_byte_sub(offset).cast();
             let is_inside = peer.addr() > pool.addr() && peer.addr() < (*pool).end.addr();
             let meter = if is_inside { Meter::of(peer, (*pool).end) } else { None };
-            self.label.1 = 0;
             self.peer = match meter {
                 Some(meter) => {
                     // The time that nginx goes by, on the same clock.
                     meter.picked(ngx_current_msec as u64);
                     // Peers with a meter are ours, and have a label.
-                    self.label.1 = Label::copy(peer, (*pool).end, &mut self.label.0);
+                    instances::remember(self.request, self.upstream, peer, (*pool).end);
                     peer
                 }
                 None => ptr::null_mut(),
@@ -365,10 +347,10 @@ impl Balancer {
             if failed {
                 let max = (*peer).max_fails;
                 if (*list).single() == 0 && max > 0 && (*peer).fails + 1 >= max {
-                    meter.is_unavailable(meter::now());
+                    meter.is_unavailable(ngx_current_msec as u64);
                 }
             } else if state == 0 {
-                meter.is_available(meter::now());
+                meter.is_available(ngx_current_msec as u64);
             }
         }
     }
@@ -381,11 +363,13 @@ impl Balancer {
         unsafe {
             // Before: after it the peer may be gone.
             self.count_end(state);
+            if !(*pc).sockaddr.is_null() && has_failed(state) {
+                self.attempts.failed(address_of(pc));
+            }
             if let Some(inner) = self.inner.free {
                 inner(pc, self.inner.data, state);
             }
-            // By whichever of its names: the request has no answer yet that it keeps.
-            if state & (NGX_PEER_FAILED | NGX_PEER_NEXT) as ngx_uint_t != 0 {
+            if has_failed(state) {
                 let list = list_of(self.upstream);
                 let backups = (*list).next;
                 let backups = if backups.is_null() { 0 } else { (*backups).number };

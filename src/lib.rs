@@ -2,8 +2,8 @@
 //!
 //! This crate is the http module, and thin: the tables that nginx reads, directives to settings
 //! ([`conf`]), what a reload takes over ([`carry`]), the life of a worker ([`process`]), the
-//! layer around the balancers ([`balance`]), and what is shown of it all ([`status`], [`variables`]). Consul is the business of the crate consul-watch, the peer list in shared
-//! memory that of nginx-peers.
+//! layer around the balancers ([`balance`]), and what is shown of it all ([`status`], [`variables`] and
+//! [`instances`]). Consul is the business of the crate consul-watch, the peer list in shared memory that of nginx-peers.
 
 use core::ffi::c_char;
 use core::ptr;
@@ -20,6 +20,7 @@ mod carry;
 mod conf;
 mod failpoint;
 mod guard;
+mod instances;
 mod log;
 mod process;
 mod status;

@@ -31,7 +31,7 @@ pub use self::shared::{add as add_zone, own_pid};
 use crate::conf::MainConf;
 use crate::conf::finish::server_conf;
 use crate::guard::guard;
-use crate::{ConsulUpstream, failpoint, log};
+use crate::{ConsulUpstream, failpoint, log, variables};
 
 mod apply;
 mod assembly;
@@ -62,7 +62,10 @@ static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
 pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
     guard("a reload", (), || {
         // SAFETY: the cycle is nginx's new one, and nobody else uses it yet.
-        unsafe { prepare(cycle) };
+        unsafe {
+            variables::look_for(cycle);
+            prepare(cycle);
+        }
         if !APPLIER.load(Ordering::Relaxed).is_null() {
             // SAFETY: the cycle is nginx's new one; its configuration is complete.
             unsafe {

@@ -1,21 +1,22 @@
-//! `$consul_service_id`, `$consul_node` and `$consul_datacenter`: the instance that a request was
-//! passed to last. Not found where that was a static server, or none.
+//! `$consul_service_id`, `$consul_node` and `$consul_datacenter`: the instances that a request was
+//! passed to, in the form of nginx's `$upstream_addr`. Not found where none was one of Consul's.
 
 use core::ptr;
 
 use nginx_sys::{
-    NGX_ERROR, NGX_OK, ngx_conf_t, ngx_http_add_variable, ngx_http_request_t,
-    ngx_http_variable_value_t, ngx_int_t, ngx_pnalloc, ngx_str_t,
+    NGX_ERROR, NGX_OK, ngx_conf_t, ngx_cycle_t, ngx_http_add_variable, ngx_http_request_t,
+    ngx_http_upstream_state_t, ngx_http_variable_t, ngx_http_variable_value_t, ngx_int_t,
+    ngx_pnalloc, ngx_str_t,
 };
-use ngx::http::HttpModuleMainConf;
+use ngx::http::{HttpModuleMainConf, NgxHttpCoreModule};
 
-use crate::balance::{Last, last_peer};
 use crate::conf::finish::server_conf;
 use crate::guard::guard;
+use crate::instances::{self, Instance};
 use crate::status::datacenters;
 use crate::{ConsulUpstream, conf};
 
-/// nginx's `NGX_HTTP_VAR_NOCACHEABLE`: the next attempt may be passed to another instance.
+/// nginx's `NGX_HTTP_VAR_NOCACHEABLE`: there may be another attempt.
 const NOT_CACHEABLE: usize = 2;
 
 const NAMES: [&str; 3] = ["consul_service_id", "consul_node", "consul_datacenter"];
@@ -41,6 +42,23 @@ pub unsafe extern "C" fn add(cf: *mut ngx_conf_t) -> ngx_int_t {
     NGX_OK as ngx_int_t
 }
 
+/// Finds out whether the configuration names one of them.
+///
+/// # Safety
+///
+/// `cycle` has a complete configuration.
+pub unsafe fn look_for(cycle: *mut ngx_cycle_t) {
+    // SAFETY: the caller's promise; a name is nginx's own text.
+    unsafe {
+        let Some(core) = NgxHttpCoreModule::main_conf(&*cycle) else { return };
+        // What is named in whatever directive has a number there.
+        let named = core.variables.as_slice::<ngx_http_variable_t>();
+        if named.iter().any(|it| NAMES.iter().any(|name| it.name.as_bytes() == name.as_bytes())) {
+            instances::ask();
+        }
+    }
+}
+
 /// # Safety
 ///
 /// As nginx calls it: `data` is what [`add`] has set.
@@ -50,10 +68,10 @@ unsafe extern "C" fn get(
     data: usize,
 ) -> ngx_int_t {
     guard("a variable", NGX_ERROR as ngx_int_t, || {
+        instances::ask();
         // SAFETY: this function's own contract; the text is copied into the request's pool.
         unsafe {
-            let text = last_peer(r).and_then(|last| text(r, &last, data));
-            let Some(text) = text.filter(|text| !text.is_empty()) else {
+            let Some(text) = text(r, data) else {
                 (*value).set_not_found(1);
                 return NGX_OK as ngx_int_t;
             };
@@ -72,19 +90,52 @@ unsafe extern "C" fn get(
     })
 }
 
+/// All attempts, put together as nginx does it for `$upstream_addr`: a comma between those of one
+/// upstream, a colon where a redirect led to the next one, and a dash for who has no name. `None`
+/// where nobody has one.
+///
 /// # Safety
 ///
 /// As [`get`].
-unsafe fn text(r: *mut ngx_http_request_t, last: &Last, number: usize) -> Option<String> {
+unsafe fn text(r: *mut ngx_http_request_t, number: usize) -> Option<String> {
+    // SAFETY: the caller's promise: the request is live, and so are its states.
+    let (instances, states) = unsafe {
+        let states = (*r).upstream_states.as_ref()?.as_slice::<ngx_http_upstream_state_t>();
+        (instances::passed_to(r), states)
+    };
+    let mut text = String::new();
+    let mut separator = "";
+    let mut is_known = false;
+    for (state, instance) in states.iter().zip(&instances) {
+        // A redirect leaves a state that is no attempt.
+        if state.peer.is_null() {
+            text.push_str(" : ");
+            separator = "";
+            continue;
+        }
+        // SAFETY: as above.
+        let name = instance.as_ref().and_then(|it| unsafe { name(r, it, number) });
+        is_known |= name.is_some();
+        text.push_str(separator);
+        text.push_str(name.as_deref().unwrap_or("-"));
+        separator = ", ";
+    }
+    is_known.then_some(text)
+}
+
+/// # Safety
+///
+/// As [`get`].
+unsafe fn name(r: *mut ngx_http_request_t, of: &Instance, number: usize) -> Option<String> {
     match number {
-        0 => Some(last.label.id().to_owned()),
-        1 => Some(last.label.node().to_owned()),
+        0 => Some(of.label.id().to_owned()),
+        1 => Some(of.label.node().to_owned()),
         // SAFETY: the upstream is that of a live request, and its configuration is this process'.
         _ => unsafe {
             let main = ConsulUpstream::main_conf(&*r)?;
-            let conf: *mut conf::ServerConf = server_conf(last.upstream)?;
+            let conf: *mut conf::ServerConf = server_conf(of.upstream)?;
             let known = datacenters(main, &mut *conf);
-            let source = last.label.source();
+            let source = of.label.source();
             known.iter().find(|(key, _)| *key == source).map(|(_, name)| name.clone())
         },
     }

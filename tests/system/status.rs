@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
 use testbed::{
-    Check, Dir, Load, Net, Nginx, Options, Process, Service, Signal, Status, eventually, nginx,
+    Backend, Check, Dir, Load, Net, Nginx, Options, Process, Service, Signal, Status, eventually,
+    nginx,
 };
 
 use crate::common::{
@@ -609,38 +610,85 @@ fn requests_are_counted_by_peer() {
     assert_eq!(ids(&document), before);
 }
 
-/// Whose answer a request got stands in the log, also when that instance is gone by then.
+/// Whom a request was passed to stands in the log, one for each attempt, in the form of nginx's own
+/// `$upstream_addr`.
 #[test]
-fn variables_name_the_instance_that_served() {
+fn variables_name_the_instances_that_were_tried() {
     let stage = Stage::set("status-variables");
     let web: [Instance; 1] = stage.web();
     stage.register(&web);
-    let format = "log_format who '[$consul_service_id] [$consul_node] [$consul_datacenter] $uri';";
+    // Nobody listens there.
+    let dead = SocketAddr::new(web[0].addr().ip(), 9);
+    for (service, id, at) in
+        [("half", "half-1", dead), ("half", "half-2", web[0].addr()), ("gone", "gone-1", dead)]
+    {
+        stage.consul.register(&Service::new(service, id, at));
+    }
+    let format = "log_format who '[$upstream_addr] [$consul_service_id] [$consul_node] \
+                  [$consul_datacenter] $request_uri';";
     let addr = own_addr(&stage);
     let nginx = stage
         .nginx()
         .http(format)
         .upstream("web", "consul_upstream web;")
+        .upstream("half", "consul_upstream half;")
+        .upstream("gone", "consul_upstream gone;")
         .upstream("fixed", &format!("server {}; consul_upstream nobody;", web[0].addr()))
         .listen(addr)
         .http(format!(
             "server {{ listen {addr}; access_log logs.txt who;
              location /web {{ proxy_pass http://web; }}
+             location /half {{ proxy_pass http://half; }}
+             location /mixed {{ proxy_pass http://gone; error_page 502 = @fixed; }}
+             location /again {{ proxy_pass http://gone; error_page 502 = @web; }}
              location /fixed {{ proxy_pass http://fixed; }}
-             location /none {{ return 200; }} }}"
+             location /none {{ return 200; }}
+             location @fixed {{ proxy_pass http://fixed; }}
+             location @web {{ proxy_pass http://web; }} }}"
         ))
         .start();
     serves(nginx.addr(), &["web-1"]);
-    for path in ["/web", "/fixed", "/none"] {
+    nginx.wait_log("1 of 1 instances serve", 2, PATIENCE);
+    nginx.wait_log("2 of 2 instances serve", 1, PATIENCE);
+    let live = web[0].addr();
+    let expected = [
+        format!("[{live}] [web-1] [n1] [dc1] /web"),
+        format!("[{dead}, {live}] [half-1, half-2] [n1, n1] [dc1, dc1] /half"),
+        format!("[{dead} : {live}] [gone-1 : -] [n1 : -] [dc1 : -] /mixed"),
+        format!("[{dead} : {live}] [gone-1 : web-1] [n1 : n1] [dc1 : dc1] /again"),
+        format!("[{live}] [-] [-] [-] /fixed"),
+        "[-] [-] [-] [-] /none".into(),
+    ];
+    for path in ["/web", "/half", "/mixed", "/again", "/fixed", "/none"] {
         assert_eq!(get(addr, path).status, 200, "{path}");
     }
     let log = stage.dir.join("nginx/logs.txt");
-    watch("three lines", || {
+    watch("a line for each", || {
         let text = std::fs::read_to_string(&log).map_err(|err| err.to_string())?;
         let lines: Vec<&str> = text.lines().collect();
-        let all = ["[web-1] [n1] [dc1] /web", "[-] [-] [-] /fixed", "[-] [-] [-] /none"];
-        if lines == all { Ok(()) } else { Err(text) }
+        if lines == expected { Ok(()) } else { Err(text) }
     });
+}
+
+/// Where the configuration names no variable, a page that looks one up by its name has it from the
+/// second time on.
+#[test]
+fn variables_are_found_by_who_looks_them_up_by_name() {
+    let stage = Stage::set("status-lookup");
+    let page = "<!--# echo var=\"consul_service_id\" -->";
+    let backend = Backend::start(&stage.net, 40, page);
+    stage.consul.register(&Service::new("web", "web-1", backend.addr()));
+    let nginx = stage
+        .nginx()
+        .workers(1)
+        .http("ssi on; ssi_types *;")
+        .upstream("web", "consul_upstream web;")
+        .start();
+    nginx.wait_log("1 of 1 instances serve", 1, PATIENCE);
+    let served = |_| get(nginx.addr(), "/").text();
+    let [first, second] = [1, 2].map(served);
+    assert!(first.starts_with('('), "SSI's word for nothing: {first}");
+    assert_eq!(second, "web-1");
 }
 
 /// An answer that is larger than what a client reads at a time comes whole, and a client that

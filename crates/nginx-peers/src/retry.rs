@@ -94,12 +94,16 @@ impl Attempts {
     }
 
     /// A peer was given to the request.
-    pub fn given(&mut self, address: &[u8]) {
+    pub fn given(&mut self) {
+        self.given = self.given.saturating_add(1);
+    }
+
+    /// It had no answer of it: the peer is one that was tried.
+    pub fn failed(&mut self, address: &[u8]) {
         if let Some(slot) = self.tried.get_mut(self.next) {
             *slot = brief(address);
         }
         self.next = (self.next + 1) % REMEMBERED;
-        self.given = self.given.saturating_add(1);
     }
 
     /// Whether a failed request without tries gets one more. A list of one peer leaves no tries;
@@ -117,6 +121,14 @@ impl Attempts {
 mod tests {
     use super::*;
 
+    impl Attempts {
+        /// A peer was given, and did not answer.
+        fn goes_wrong(&mut self, address: &[u8]) {
+            self.given();
+            self.failed(address);
+        }
+    }
+
     #[test]
     fn begins_anew_only_for_a_change_and_not_for_ever() {
         let mut attempts = Attempts::new(0);
@@ -127,16 +139,16 @@ mod tests {
     #[test]
     fn tries_follow_the_new_list_and_the_limit() {
         let mut attempts = Attempts::new(0);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         assert_eq!(attempts.tries(5), 5, "the list grew");
         assert_eq!(attempts.tries(0), 1);
 
         let mut attempts = Attempts::new(3);
         assert_eq!(attempts.tries(5), 3);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         assert_eq!(attempts.tries(5), 2);
-        attempts.given(b"b");
-        attempts.given(b"c");
+        attempts.goes_wrong(b"b");
+        attempts.goes_wrong(b"c");
         assert_eq!(attempts.tries(5), 1, "never none: a try is under way");
     }
 
@@ -144,12 +156,12 @@ mod tests {
     fn a_cached_connection_that_was_closed_is_no_attempt() {
         let mut attempts = Attempts::new(2);
         attempts.comes_back(2);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         attempts.goes(1);
         attempts.comes_back(2);
         assert!(attempts.restart(true));
         assert_eq!(attempts.tries(5), 2);
-        attempts.given(b"b");
+        attempts.goes_wrong(b"b");
         assert!(attempts.was_tried(b"a"), "it is remembered all the same");
         attempts.goes(1);
         attempts.comes_back(1);
@@ -159,13 +171,13 @@ mod tests {
     #[test]
     fn remembers_what_the_balancer_forgot() {
         let mut attempts = Attempts::new(0);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         assert!(!attempts.was_tried(b"a"), "the balancer remembers by itself");
         assert!(attempts.restart(true));
         assert!(attempts.was_tried(b"a"));
         assert!(!attempts.was_tried(b"b") && !attempts.was_tried(b"a\0"));
         for n in 0..20u8 {
-            attempts.given(&[n]);
+            attempts.goes_wrong(&[n]);
         }
         assert_eq!(attempts.remembered(), REMEMBERED);
         assert!(
@@ -176,7 +188,7 @@ mod tests {
     #[test]
     fn long_addresses_are_told_apart() {
         let mut attempts = Attempts::new(0);
-        attempts.given(&[7; 110]);
+        attempts.goes_wrong(&[7; 110]);
         attempts.restart(true);
         assert!(attempts.was_tried(&[7; 110]) && !attempts.was_tried(&[7; 109]));
         assert!(!attempts.was_tried(&[7; 28]) && !attempts.was_tried(&[]));
@@ -185,13 +197,13 @@ mod tests {
     #[test]
     fn one_more_try_when_a_single_peer_failed_and_others_came() {
         let mut attempts = Attempts::new(0);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         assert!(attempts.one_more(0, true, 2));
         assert!(!attempts.one_more(1, true, 2), "it has some");
         assert!(!attempts.one_more(0, false, 2), "nothing changed");
         assert!(!attempts.one_more(0, true, 0), "nobody to ask");
         let mut attempts = Attempts::new(1);
-        attempts.given(b"a");
+        attempts.goes_wrong(b"a");
         assert!(!attempts.one_more(0, true, 2), "the limit");
     }
 }
