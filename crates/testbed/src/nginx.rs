@@ -44,6 +44,7 @@ pub struct Builder {
     module: bool,
     failpoints: bool,
     single_process: bool,
+    untitled: bool,
     workers: usize,
     main: Vec<String>,
     http: Vec<String>,
@@ -61,6 +62,7 @@ impl Nginx {
             module: true,
             failpoints: false,
             single_process: false,
+            untitled: false,
             workers: 1,
             main: Vec::new(),
             http: Vec::new(),
@@ -88,6 +90,9 @@ impl Nginx {
     pub fn worker_pids(&self) -> Vec<u32> {
         if self.builder.single_process {
             return vec![self.pid()];
+        }
+        if self.builder.untitled {
+            return self.children();
         }
         self.titled(|title| title == "worker process")
     }
@@ -344,6 +349,14 @@ impl Builder {
     #[must_use]
     pub fn single_process(mut self) -> Builder {
         self.single_process = true;
+        self
+    }
+
+    /// For a [binary](Builder::binary) that keeps nginx from giving its processes titles, as
+    /// valgrind does: all children of the master count as workers, ready or not.
+    #[must_use]
+    pub fn untitled(mut self) -> Builder {
+        self.untitled = true;
         self
     }
 
