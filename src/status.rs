@@ -9,7 +9,7 @@
 //! `auth_basic`, ...) guards this one.
 
 use consul_status::{Answer, Error, Format, Request, request};
-use nginx_peers::flags;
+use nginx_peers::http;
 use nginx_sys::{
     NGX_ERROR, NGX_HTTP_INTERNAL_SERVER_ERROR, NGX_OK, ngx_conf_t, ngx_http_conf_ctx_t,
     ngx_http_core_loc_conf_t, ngx_http_core_module, ngx_http_discard_request_body,
@@ -61,7 +61,7 @@ unsafe extern "C" fn handle(r: *mut ngx_http_request_t) -> ngx_int_t {
                 return rc;
             }
             // Nothing here has a validator, and a condition must not become a 412.
-            flags::disable_not_modified(r);
+            http::disable_not_modified(r);
             match answer(r) {
                 Ok(Answered::Head(format)) => head(r, format),
                 Ok(Answered::Body(format, sending)) => body(r, format, sending),
@@ -181,7 +181,7 @@ unsafe fn head(r: *mut ngx_http_request_t, format: Format) -> ngx_int_t {
         if !begin(r, 200, format, None) {
             return ERROR;
         }
-        flags::set_header_only(r);
+        http::set_header_only(r);
         nginx_sys::ngx_http_send_header(r)
     }
 }

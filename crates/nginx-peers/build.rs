@@ -1,4 +1,4 @@
-//! Refuses an nginx that is too old, and wraps the inline functions and macros of `src/inline.h`.
+//! Refuses an nginx that is too old, and wraps the inline functions and macros of the headers in `src/abi`.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,22 @@ use std::path::{Path, PathBuf};
 const OLDEST: u64 = 1_027_003;
 
 fn main() {
-    println!("cargo::rerun-if-changed=src/inline.h");
+    let mut headers: Vec<PathBuf> = std::fs::read_dir("src/abi")
+        .expect("the sources")
+        .map(|entry| entry.expect("the sources").path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == "h"))
+        .collect();
+    // All begin with what is common.
+    headers.sort_by_key(|path| !path.ends_with("common.h"));
+    for header in &headers {
+        println!("cargo::rerun-if-changed={}", header.display());
+    }
     println!("cargo::rustc-check-cfg=cfg(nginx_sid)");
+    let known = metadata("FEATURES_CHECK");
+    println!("cargo::rustc-check-cfg=cfg(ngx_feature, values({known}))");
+    for feature in metadata("FEATURES").split(',') {
+        println!("cargo::rustc-cfg=ngx_feature=\"{}\"", feature.trim());
+    }
 
     let version: u64 = metadata("VERSION_NUMBER").parse().expect("nginx's version is a number");
     if version < OLDEST {
@@ -29,10 +43,10 @@ fn main() {
     let wrappers = out.join("inline.c");
 
     let bindings = bindgen::Builder::default()
-        .header("src/inline.h")
+        .headers(headers.iter().map(|path| path.display().to_string()))
         .clang_args(includes.iter().map(|dir| format!("-I{}", dir.display())))
         .clang_args(defines.split_whitespace())
-        .allowlist_function("ngx_http_upstream_rr_peer_free_locked")
+        .allowlist_function("ngx_.*_upstream_rr_peer_free_locked")
         .allowlist_function("nginx_request_.*")
         .allowlist_var("NGINX_PEERS_.*")
         // The types are nginx-sys'.
@@ -44,7 +58,7 @@ fn main() {
         .layout_tests(false)
         .use_core()
         .generate()
-        .expect("bindings of src/inline.h")
+        .expect("bindings of the headers")
         .to_string();
     if bindings.contains("NGINX_PEERS_SID_LEN") {
         println!("cargo::rustc-cfg=nginx_sid");

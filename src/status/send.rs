@@ -6,7 +6,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use consul_status::Answer;
-use nginx_peers::flags;
+use nginx_peers::http;
 use nginx_sys::{
     NGX_DONE, NGX_ERROR, NGX_HTTP_REQUEST_TIME_OUT, NGX_OK, ngx_buf_t, ngx_chain_t,
     ngx_handle_write_event, ngx_http_finalize_request, ngx_http_output_filter, ngx_http_request_t,
@@ -93,7 +93,7 @@ pub unsafe fn whole(r: *mut ngx_http_request_t, body: *mut u8, len: usize) -> ng
     unsafe {
         (*r).headers_out.content_length_n = len as _;
         let rc = ngx_http_send_header(r);
-        if rc == ERROR || rc > OK || flags::is_header_only(r) != 0 {
+        if rc == ERROR || rc > OK || http::is_header_only(r) != 0 {
             return rc;
         }
         let buf: *mut ngx_buf_t = ngx_pcalloc((*r).pool, size_of::<ngx_buf_t>()).cast();
@@ -166,14 +166,14 @@ pub unsafe fn start(r: *mut ngx_http_request_t, mut sending: Box<Sending>) -> ng
             return whole(r, piece, len);
         }
         let rc = ngx_http_send_header(r);
-        if rc == ERROR || rc > OK || flags::is_header_only(r) != 0 {
+        if rc == ERROR || rc > OK || http::is_header_only(r) != 0 {
             return rc;
         }
         (*r).write_event_handler = Some(go_on);
         // The write event needs to find it; nothing else of ours is in the context.
         set_context(r, sending);
         // Given back by the call that finalizes it.
-        flags::hold(r);
+        http::hold(r);
         let rc = output(r, buf, piece, len, false);
         proceed(r, sending, rc);
         NGX_DONE as ngx_int_t

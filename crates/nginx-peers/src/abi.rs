@@ -1,12 +1,15 @@
 //! The C types that nginx has twice, for http and for stream, seen as one.
 //!
-//! Both pairs of types have the same fields at offsets of their own. A field is given as a
+//! Both sets of types have the same fields at offsets of their own. A field is given as a
 //! pointer to it: the structures lie in shared memory, where other processes write other fields
-//! at the same time, so a Rust reference to a whole one would be a lie.
+//! at the same time, so a Rust reference to a whole one would be a lie. What stands in the memory of
+//! a configuration is given alike.
+
+use core::ffi::c_void;
 
 use nginx_sys::{
-    ngx_atomic_t, ngx_http_upstream_rr_peer_t, ngx_http_upstream_rr_peers_t, ngx_int_t,
-    ngx_slab_pool_t, ngx_str_t, ngx_uint_t, sockaddr, socklen_t, time_t,
+    ngx_addr_t, ngx_array_t, ngx_atomic_t, ngx_int_t, ngx_shm_zone_t, ngx_slab_pool_t, ngx_str_t,
+    ngx_uint_t, sockaddr, socklen_t, time_t,
 };
 
 /// The fields of a peer that are used here, for `declare!` and `define!`.
@@ -48,7 +51,7 @@ macro_rules! peer_fields {
             /// The next peer.
             next: *mut Self;
             /// A TLS session, in the zone.
-            ssl_session: *mut core::ffi::c_void;
+            ssl_session: *mut c_void;
             /// Its length.
             ssl_session_len: core::ffi::c_int;
         }
@@ -71,10 +74,50 @@ macro_rules! list_fields {
             total_weight: ngx_uint_t;
             /// Peers that are not down.
             tries: ngx_uint_t;
+            /// The upstream's name.
+            name: *mut ngx_str_t;
             /// The backups' list, or null.
             next: *mut Self;
             /// The first peer.
             peer: *mut Self::Peer;
+        }
+    };
+}
+
+/// The fields of an upstream in the configuration that are used here.
+macro_rules! upstream_fields {
+    ($apply:ident) => {
+        $apply! {
+            /// The modules' configurations of it; null where it has no block.
+            srv_conf: *mut *mut c_void;
+            /// Its `server` lines.
+            servers: *mut ngx_array_t;
+            /// What its method can do.
+            flags: ngx_uint_t;
+            /// Its name.
+            host: ngx_str_t;
+            /// Its zone, or null.
+            shm_zone: *mut ngx_shm_zone_t;
+        }
+    };
+}
+
+/// The fields of a `server` line that are used here.
+macro_rules! server_fields {
+    ($apply:ident) => {
+        $apply! {
+            /// What the line says.
+            name: ngx_str_t;
+            /// The addresses of that.
+            addrs: *mut ngx_addr_t;
+            /// How many.
+            naddrs: ngx_uint_t;
+            /// The weight.
+            weight: ngx_uint_t;
+            /// Not 0: out of rotation.
+            down: ngx_uint_t;
+            /// The name that nginx resolves at run time, if it does.
+            host: ngx_str_t;
         }
     };
 }
@@ -112,6 +155,9 @@ macro_rules! define {
 /// a peer owns.
 pub unsafe trait PeerAbi: Sized {
     peer_fields!(declare);
+
+    /// Where in the structure the name is.
+    const NAME: usize;
 
     /// Whether nginx's own `resolve` looks after the peer.
     ///
@@ -154,6 +200,13 @@ pub unsafe trait PeersAbi: Sized {
 
     list_fields!(declare);
 
+    /// Whether there is nothing to choose.
+    ///
+    /// # Safety
+    ///
+    /// `this` is live.
+    unsafe fn is_single(this: *mut Self) -> bool;
+
     /// Sets the two flags that nginx derives from the counters.
     ///
     /// # Safety
@@ -162,61 +215,172 @@ pub unsafe trait PeersAbi: Sized {
     unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool);
 }
 
-// SAFETY: all is of ngx_http_upstream_round_robin.h.
-unsafe impl PeerAbi for ngx_http_upstream_rr_peer_t {
-    peer_fields!(define);
+/// `peer.init` of an upstream: begins the choice for one session.
+pub type InitPeer<U> = Option<
+    unsafe extern "C" fn(session: *mut <U as UpstreamAbi>::Session, upstream: *mut U) -> ngx_int_t,
+>;
 
-    unsafe fn is_resolved(this: *mut Self) -> bool {
-        // SAFETY: the peer is live, says the caller; the field is written before it is linked.
-        unsafe { !(*this).host.is_null() }
-    }
+/// `ngx_http_upstream_srv_conf_t` and its like: an upstream in the configuration.
+///
+/// # Safety
+///
+/// The fields are those of nginx's structure of the same names.
+pub unsafe trait UpstreamAbi: Sized {
+    /// Its list.
+    type Peers: PeersAbi;
+    /// Its `server` lines.
+    type Server: ServerAbi;
+    /// What a peer is chosen for: a request, or a session.
+    type Session;
 
-    unsafe fn set_zombie(this: *mut Self) {
-        // SAFETY: under the write lock nobody else has a use for the structure, and the bit field
-        // is alone in its byte's word.
-        unsafe { (*this).set_zombie(1) }
-    }
+    /// The flag of methods that know backups.
+    const BACKUP: ngx_uint_t;
+    /// The flag of upstreams whose peers may go while nginx runs.
+    const MODIFY: ngx_uint_t;
 
-    unsafe fn prepare_session_id(this: *mut Self, pool: *mut ngx_slab_pool_t) -> bool {
-        #[cfg(nginx_sid)]
-        // SAFETY: the peer is not linked yet, so nobody else sees it; the buffer has the size
-        // that the function writes.
-        unsafe {
-            let len = crate::inline::NGINX_PEERS_SID_LEN as usize;
-            let data = nginx_sys::ngx_slab_calloc(pool, len);
-            if data.is_null() {
-                return false;
+    upstream_fields!(declare);
+
+    /// What the method keeps: for all of nginx's own, the list of peers.
+    ///
+    /// # Safety
+    ///
+    /// `this` points to a live structure.
+    unsafe fn peers(this: *mut Self) -> *mut Self::Peers;
+
+    /// The function that begins a choice.
+    ///
+    /// # Safety
+    ///
+    /// `this` points to a live structure.
+    unsafe fn init_peer(this: *mut Self) -> *mut InitPeer<Self>;
+
+    /// The upstreams of a configuration: `data` is that of an upstream's zone, or the main
+    /// configuration of nginx's module of upstreams, which is the same.
+    ///
+    /// # Safety
+    ///
+    /// `data` is live as long as the result is used.
+    unsafe fn all<'a>(data: *mut c_void) -> &'a [*mut Self];
+}
+
+/// `ngx_http_upstream_server_t` and its like: a `server` line.
+///
+/// # Safety
+///
+/// The fields are those of nginx's structure of the same names, and zero is valid for it.
+pub unsafe trait ServerAbi: Sized {
+    server_fields!(declare);
+
+    /// Whether it is a backup.
+    ///
+    /// # Safety
+    ///
+    /// `this` points to a live structure.
+    unsafe fn is_backup(this: *mut Self) -> bool;
+}
+
+/// All of the traits for the types of one protocol.
+macro_rules! implement {
+    (
+        $peer:ident, $peers:ident, $upstream:ident, $server:ident, $main:ident, $session:ident,
+        $free_locked:path, $prepare_session_id:path, $backup:path, $modify:path
+    ) => {
+        // SAFETY: all is of nginx's own headers.
+        unsafe impl PeerAbi for $peer {
+            peer_fields!(define);
+
+            const NAME: usize = core::mem::offset_of!($peer, name);
+
+            unsafe fn is_resolved(this: *mut Self) -> bool {
+                // SAFETY: the peer is live, says the caller; the field is written before it is
+                // linked.
+                unsafe { !(*this).host.is_null() }
             }
-            (*this).sid.data = data.cast();
-            nginx_sys::ngx_http_upstream_init_round_robin_sid(this, core::ptr::null_mut());
-        }
-        #[cfg(not(nginx_sid))]
-        let _ = (this, pool);
-        true
-    }
 
-    unsafe fn free_locked(this: *mut Self, pool: *mut ngx_slab_pool_t) {
-        // SAFETY: nginx's function looks at the list for its pool alone, so one that has nothing
-        // else serves; the rest is the caller's promise.
-        unsafe {
-            let mut list: ngx_http_upstream_rr_peers_t = core::mem::zeroed();
-            list.shpool = pool;
-            crate::inline::ngx_http_upstream_rr_peer_free_locked(&mut list, this);
+            unsafe fn set_zombie(this: *mut Self) {
+                // SAFETY: under the write lock nobody else has a use for the structure, and the
+                // bit field is alone in its byte's word.
+                unsafe { (*this).set_zombie(1) }
+            }
+
+            unsafe fn prepare_session_id(this: *mut Self, pool: *mut ngx_slab_pool_t) -> bool {
+                // SAFETY: the caller's promise.
+                unsafe { $prepare_session_id(this, pool) }
+            }
+
+            unsafe fn free_locked(this: *mut Self, pool: *mut ngx_slab_pool_t) {
+                // SAFETY: nginx's function looks at the list for its pool alone, so one that has
+                // nothing else serves; the rest is the caller's promise.
+                unsafe {
+                    let mut list: $peers = core::mem::zeroed();
+                    list.shpool = pool;
+                    $free_locked(&mut list, this);
+                }
+            }
         }
-    }
+
+        // SAFETY: as above.
+        unsafe impl PeersAbi for $peers {
+            type Peer = $peer;
+
+            list_fields!(define);
+
+            unsafe fn is_single(this: *mut Self) -> bool {
+                // SAFETY: the caller's promise.
+                unsafe { (*this).single() != 0 }
+            }
+
+            unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool) {
+                // SAFETY: under the write lock nobody else touches the two bits.
+                unsafe {
+                    (*this).set_single(u32::from(single));
+                    (*this).set_weighted(u32::from(weighted));
+                }
+            }
+        }
+
+        // SAFETY: as above.
+        unsafe impl UpstreamAbi for $upstream {
+            type Peers = $peers;
+            type Server = $server;
+            type Session = $session;
+
+            const BACKUP: ngx_uint_t = $backup as ngx_uint_t;
+            const MODIFY: ngx_uint_t = $modify as ngx_uint_t;
+
+            upstream_fields!(define);
+
+            unsafe fn peers(this: *mut Self) -> *mut Self::Peers {
+                // SAFETY: the caller's promise.
+                unsafe { (*this).peer.data.cast() }
+            }
+
+            unsafe fn init_peer(this: *mut Self) -> *mut InitPeer<Self> {
+                // SAFETY: the caller's promise.
+                unsafe { &raw mut (*this).peer.init }
+            }
+
+            unsafe fn all<'a>(data: *mut c_void) -> &'a [*mut Self] {
+                // SAFETY: the array is nginx's, of pointers to this type.
+                unsafe {
+                    let upstreams = &(*data.cast::<$main>()).upstreams;
+                    core::slice::from_raw_parts(upstreams.elts.cast(), upstreams.nelts)
+                }
+            }
+        }
+
+        // SAFETY: as above.
+        unsafe impl ServerAbi for $server {
+            server_fields!(define);
+
+            unsafe fn is_backup(this: *mut Self) -> bool {
+                // SAFETY: the caller's promise.
+                unsafe { (*this).backup() != 0 }
+            }
+        }
+    };
 }
 
-// SAFETY: all is of ngx_http_upstream_round_robin.h.
-unsafe impl PeersAbi for ngx_http_upstream_rr_peers_t {
-    type Peer = ngx_http_upstream_rr_peer_t;
-
-    list_fields!(define);
-
-    unsafe fn set_flags(this: *mut Self, single: bool, weighted: bool) {
-        // SAFETY: under the write lock nobody else touches the two bits.
-        unsafe {
-            (*this).set_single(u32::from(single));
-            (*this).set_weighted(u32::from(weighted));
-        }
-    }
-}
+pub mod http;
+#[cfg(all(ngx_feature = "stream", ngx_feature = "stream_upstream_zone"))]
+mod stream;

@@ -29,7 +29,6 @@ pub mod carry;
 pub mod counters;
 pub mod crash;
 pub mod diff;
-pub mod flags;
 mod inline;
 mod label;
 pub mod list;
@@ -42,7 +41,7 @@ mod zone;
 #[cfg(test)]
 mod doubles;
 
-pub use abi::{PeerAbi, PeersAbi};
+pub use abi::{InitPeer, PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, http};
 pub use label::Label;
 pub use list::{Change, Changed, List};
 pub use spec::Spec;

@@ -1,25 +1,17 @@
-/*
- * What nginx-sys lacks, because nginx has it as static inline functions and macros. bindgen makes callable wrappers of
- * the functions, so that the code is nginx's own, of the version at hand.
- */
+/* http's part of common.h */
 
-#include <ngx_config.h>
-#include <ngx_core.h>
 #include <ngx_http.h>
 
 #if !(NGX_HTTP_UPSTREAM_ZONE)
 #error "nginx is configured --without-http_upstream_zone_module, which this module needs"
 #endif
 
-enum {
-    /* the size of every peer's name in shared memory */
-    NGINX_PEERS_SOCKADDR_STRLEN = NGX_SOCKADDR_STRLEN,
-
 #if (NGX_HTTP_UPSTREAM_SID)
+enum {
     /* peers have a session id, for "sticky" (1.29.6 and later, where it is not configured out) */
-    NGINX_PEERS_SID_LEN = NGX_HTTP_UPSTREAM_SID_LEN,
-#endif
+    NGINX_PEERS_SID_LEN = NGX_HTTP_UPSTREAM_SID_LEN
 };
+#endif
 
 /*
  * Bits of a request. In nginx 1.30 they begin in the second half of a word, and there bindgen places those behind
