@@ -10,8 +10,8 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use nginx_peers::Label;
 use nginx_sys::{
-    ngx_http_request_t, ngx_http_upstream_rr_peer_t, ngx_http_upstream_srv_conf_t,
-    ngx_pool_cleanup_add, ngx_pool_cleanup_pt,
+    ngx_http_request_t, ngx_http_upstream_rr_peer_t, ngx_http_upstream_rr_peers_t,
+    ngx_http_upstream_srv_conf_t, ngx_pool_cleanup_add, ngx_pool_cleanup_pt,
 };
 
 static ASKED: AtomicBool = AtomicBool::new(false);
@@ -39,12 +39,11 @@ unsafe extern "C" fn attempt(_: *mut c_void) {}
 ///
 /// # Safety
 ///
-/// The request is live and has begun an attempt; it holds `peer`, in a zone that ends at `end`.
+/// The request is live and has begun an attempt; it holds `peer`, one of the upstream's.
 pub unsafe fn remember(
     request: *mut ngx_http_request_t,
     upstream: *mut ngx_http_upstream_srv_conf_t,
     peer: *mut ngx_http_upstream_rr_peer_t,
-    end: *const u8,
 ) {
     if !ASKED.load(Ordering::Relaxed) {
         return;
@@ -54,7 +53,8 @@ pub unsafe fn remember(
     unsafe {
         let Some(states) = (*request).upstream_states.as_ref() else { return };
         let mut label = [0; Label::SIZE];
-        let len = Label::copy(peer, end, &mut label);
+        let peers: *mut ngx_http_upstream_rr_peers_t = (*upstream).peer.data.cast();
+        let len = Label::copy(peer, (*(*peers).shpool).end, &mut label);
         let cleanup = ngx_pool_cleanup_add((*request).pool, size_of::<Attempt>());
         if let Some(cleanup) = cleanup.as_mut() {
             let number = states.nelts.wrapping_sub(1);

@@ -8,21 +8,24 @@
 //! This is a content handler, so that whatever nginx knows to guard a location (`allow`,
 //! `auth_basic`, ...) guards this one.
 
+use core::ffi::c_void;
+
 use consul_status::{Answer, Error, Format, Request, request};
+use consul_upstream::conf::{Fault, Handler, MainConf, ServerConf, command};
+use consul_upstream::guard::guard;
+use consul_upstream::process::Shared;
 use nginx_peers::http;
 use nginx_sys::{
-    NGX_ERROR, NGX_HTTP_INTERNAL_SERVER_ERROR, NGX_OK, ngx_conf_t, ngx_http_conf_ctx_t,
-    ngx_http_core_loc_conf_t, ngx_http_core_module, ngx_http_discard_request_body,
-    ngx_http_request_t, ngx_int_t, ngx_list_push, ngx_pnalloc, ngx_str_t, ngx_table_elt_t,
+    NGX_CONF_NOARGS, NGX_ERROR, NGX_HTTP_INTERNAL_SERVER_ERROR, NGX_HTTP_LOC_CONF, NGX_OK,
+    ngx_command_t, ngx_conf_t, ngx_http_conf_ctx_t, ngx_http_core_loc_conf_t, ngx_http_core_module,
+    ngx_http_discard_request_body, ngx_http_request_t, ngx_int_t, ngx_list_push, ngx_pnalloc,
+    ngx_str_t, ngx_table_elt_t,
 };
 use ngx::http::HttpModuleMainConf;
 
 use self::rows::Peers;
 use self::send::{Place, Sending};
-use crate::ConsulUpstream;
-use crate::conf::{MainConf, ServerConf};
-use crate::guard::guard;
-use crate::process::Shared;
+use crate::http::ConsulUpstream;
 
 mod document;
 mod rows;
@@ -31,12 +34,27 @@ mod send;
 const OK: ngx_int_t = NGX_OK as ngx_int_t;
 const ERROR: ngx_int_t = NGX_ERROR as ngx_int_t;
 
+/// `consul_status;` Of no configuration of ours: what it sets is nginx's.
+pub const COMMAND: ngx_command_t =
+    command(c"consul_status", NGX_HTTP_LOC_CONF | NGX_CONF_NOARGS, 0, &(directive as Handler));
+
+/// # Safety
+///
+/// As nginx calls it: for a directive inside a location.
+unsafe fn directive(cf: *mut ngx_conf_t, _: &[ngx_str_t], _: *mut c_void) -> Result<(), Fault> {
+    // SAFETY: this function's own contract.
+    match unsafe { install(cf) } {
+        true => Ok(()),
+        false => Err(Fault::Directive("is duplicate".into())),
+    }
+}
+
 /// Makes a location answer with the status. `false` if it does so already.
 ///
 /// # Safety
 ///
 /// `cf` is the context inside a location.
-pub unsafe fn install(cf: *mut ngx_conf_t) -> bool {
+unsafe fn install(cf: *mut ngx_conf_t) -> bool {
     // SAFETY: inside a location nginx's own configuration of it stands in the context.
     unsafe {
         let context = (*cf).ctx.cast::<ngx_http_conf_ctx_t>();
@@ -219,7 +237,10 @@ unsafe fn refuse(r: *mut ngx_http_request_t, error: Error) -> ngx_int_t {
 }
 
 /// The datacenters of an upstream's sources, read anew when its record is another.
-pub fn datacenters<'a>(main: &MainConf, conf: &'a mut ServerConf) -> &'a [(u64, String)] {
+pub fn datacenters<'a>(
+    main: &MainConf<ConsulUpstream>,
+    conf: &'a mut ServerConf<ConsulUpstream>,
+) -> &'a [(u64, String)] {
     // SAFETY: the configuration is that of a live request, and has upstreams.
     let written = unsafe { Shared::of(main) }.place(conf.number).written();
     if conf.datacenters.0 != written {

@@ -3,6 +3,8 @@
 
 use core::ptr;
 
+use consul_upstream::conf::finish::server_conf;
+use consul_upstream::guard::guard;
 use nginx_sys::{
     NGX_ERROR, NGX_OK, ngx_conf_t, ngx_cycle_t, ngx_http_add_variable, ngx_http_request_t,
     ngx_http_upstream_state_t, ngx_http_variable_t, ngx_http_variable_value_t, ngx_int_t,
@@ -10,11 +12,9 @@ use nginx_sys::{
 };
 use ngx::http::{HttpModuleMainConf, NgxHttpCoreModule};
 
-use crate::conf::finish::server_conf;
-use crate::guard::guard;
+use crate::http::ConsulUpstream;
 use crate::instances::{self, Instance};
 use crate::status::datacenters;
-use crate::{ConsulUpstream, conf};
 
 /// nginx's `NGX_HTTP_VAR_NOCACHEABLE`: there may be another attempt.
 const NOT_CACHEABLE: usize = 2;
@@ -133,7 +133,7 @@ unsafe fn name(r: *mut ngx_http_request_t, of: &Instance, number: usize) -> Opti
         // SAFETY: the upstream is that of a live request, and its configuration is this process'.
         _ => unsafe {
             let main = ConsulUpstream::main_conf(&*r)?;
-            let conf: *mut conf::ServerConf = server_conf(of.upstream)?;
+            let conf = server_conf::<ConsulUpstream>(of.upstream)?;
             let known = datacenters(main, &mut *conf);
             let source = of.label.source();
             known.iter().find(|(key, _)| *key == source).map(|(_, name)| name.clone())

@@ -5,6 +5,10 @@ use consul_status::model::{
     Reason, Sign, Source, Status, Sync, Thread, ThreadState, Updates, Upstream, Zone,
 };
 use consul_status::{Document, Request, Time};
+use consul_upstream::conf::{self, MainConf};
+use consul_upstream::process::clock::{Clocks, Moment, limit};
+use consul_upstream::process::record::{Heard, ROWS, Record, Row, ThreadRecord, at};
+use consul_upstream::process::{Shared, own_pid, source_of};
 use consul_watch::agent::Address;
 use consul_watch::query::Parameter;
 use nginx_peers::Usage;
@@ -12,16 +16,13 @@ use nginx_peers::view::View;
 use nginx_sys::ngx_http_upstream_rr_peers_t;
 
 use super::rows;
-use crate::conf::{self, MainConf};
-use crate::process::clock::{Clocks, Moment, limit};
-use crate::process::record::{Heard, ROWS, Record, Row, ThreadRecord, at};
-use crate::process::{Shared, own_pid, source_of};
+use crate::http::ConsulUpstream;
 
 /// Without a heartbeat for so long the thread is silent, in milliseconds.
 const SILENT: u64 = consul_status::model::SILENT.as_millis() as u64;
 
 /// What is known of an upstream; nothing where that cannot be read.
-pub fn record_of(main: &MainConf, upstream: usize) -> Record {
+pub fn record_of(main: &MainConf<ConsulUpstream>, upstream: usize) -> Record {
     // SAFETY: the configuration is that of a live request, and has this upstream.
     let shared = unsafe { Shared::of(main) };
     let record = shared.place(upstream).read();
@@ -29,7 +30,7 @@ pub fn record_of(main: &MainConf, upstream: usize) -> Record {
 }
 
 /// The document that a request asks for: peers are counted of the upstreams that are in it.
-pub fn of(main: Option<&MainConf>, request: &Request) -> Document {
+pub fn of(main: Option<&MainConf<ConsulUpstream>>, request: &Request) -> Document {
     let clocks = Clocks::read();
     let main = main.filter(|main| !main.upstreams.is_empty());
     // SAFETY: the configuration is that of a live request, and has upstreams.
@@ -78,7 +79,7 @@ pub fn of(main: Option<&MainConf>, request: &Request) -> Document {
 
 /// The thread, and the agents that it asks.
 fn thread(
-    main: Option<&MainConf>,
+    main: Option<&MainConf<ConsulUpstream>>,
     shared: Option<&Shared>,
     clocks: &Clocks,
 ) -> (Thread, Vec<Agent>) {
@@ -113,7 +114,7 @@ fn thread(
 }
 
 fn upstream(
-    conf: &conf::Upstream,
+    conf: &conf::Upstream<ConsulUpstream>,
     record: &Record,
     repaired: u64,
     asked: bool,
@@ -196,7 +197,7 @@ fn excluded(row: &Row, clocks: &Clocks) -> Option<Excluded> {
 
 fn source_row(
     id: u32,
-    conf: &conf::Upstream,
+    conf: &conf::Upstream<ConsulUpstream>,
     source: &conf::Source,
     record: &Record,
     sync: Sync,

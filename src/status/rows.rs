@@ -5,15 +5,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use consul_status::model::{Counters, Instance, KeptBy, PeerState, Servers, Status};
 use consul_status::{Peer, Rows};
+use consul_upstream::conf::{MainConf, Upstream};
+use consul_upstream::log;
+use consul_upstream::process::clock::{Clocks, Moment};
+use consul_upstream::process::record::{Mark, Report, at};
+use consul_upstream::process::source_of;
 use nginx_peers::view::{Numbers, Seen, View, look};
 use nginx_sys::{NGX_LOG_DEBUG, ngx_http_upstream_rr_peers_t};
 
 use super::document::record_of;
-use crate::conf::{MainConf, Upstream};
-use crate::log;
-use crate::process::clock::{Clocks, Moment};
-use crate::process::record::{Mark, Report, at};
-use crate::process::source_of;
+use crate::http::ConsulUpstream;
 
 /// How long a list's lock is waited for: the worker that has it may be dead.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -22,7 +23,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 const DRAINING: u64 = 8;
 
 /// Copies a list of peers; an empty one where it is locked.
-pub fn view(upstream: &Upstream) -> View {
+pub fn view(upstream: &Upstream<ConsulUpstream>) -> View {
     // SAFETY: the upstream belongs to the configuration of a live request; its list is in the
     // zone.
     let view = unsafe {
@@ -70,7 +71,7 @@ pub fn servers(view: &View) -> Servers {
 
 /// The peers of all upstreams, as far as they are taken.
 pub struct Peers {
-    main: Option<&'static MainConf>,
+    main: Option<&'static MainConf<ConsulUpstream>>,
     view: View,
     /// When it was taken.
     clocks: Clocks,
@@ -84,7 +85,7 @@ pub struct Peers {
 
 impl Peers {
     /// `main` outlives the request whose rows these are: the cycle does.
-    pub fn new(main: Option<&'static MainConf>) -> Self {
+    pub fn new(main: Option<&'static MainConf<ConsulUpstream>>) -> Self {
         Self {
             main,
             view: View::default(),

@@ -6,6 +6,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use consul_status::Answer;
+use consul_upstream::guard::guard;
 use nginx_peers::http;
 use nginx_sys::{
     NGX_DONE, NGX_ERROR, NGX_HTTP_REQUEST_TIME_OUT, NGX_OK, ngx_buf_t, ngx_chain_t,
@@ -15,7 +16,6 @@ use nginx_sys::{
 
 use super::rows::Peers;
 use super::{ERROR, OK, location_of};
-use crate::guard::guard;
 
 /// How many large answers a worker gives at a time.
 const LARGE: usize = 4;
@@ -186,7 +186,7 @@ pub unsafe fn start(r: *mut ngx_http_request_t, mut sending: Box<Sending>) -> ng
 unsafe fn set_context(r: *mut ngx_http_request_t, sending: *mut Sending) {
     use ngx::http::HttpModule;
     // SAFETY: every request has a place for each module's context.
-    unsafe { *(*r).ctx.add(crate::ConsulUpstream::module().ctx_index) = sending.cast() };
+    unsafe { *(*r).ctx.add(crate::http::ConsulUpstream::module().ctx_index) = sending.cast() };
 }
 
 /// # Safety
@@ -197,7 +197,7 @@ unsafe extern "C" fn go_on(r: *mut ngx_http_request_t) {
         use ngx::http::HttpModule;
         // SAFETY: this function's own contract.
         unsafe {
-            let sending = *(*r).ctx.add(crate::ConsulUpstream::module().ctx_index);
+            let sending = *(*r).ctx.add(crate::http::ConsulUpstream::module().ctx_index);
             let sending: *mut Sending = sending.cast();
             let connection = (*r).connection;
             if sending.is_null() {

@@ -66,6 +66,8 @@ pub struct Source {
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// What the files' names begin with.
+    prefix: &'static str,
     /// What was read or written last of each upstream.
     seen: Mutex<HashMap<String, Seen>>,
     swept: AtomicBool,
@@ -168,12 +170,19 @@ fn shown(path: &Path) -> String {
 impl Store {
     /// The store in a directory, which has to exist when something is saved. Touches nothing.
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir, seen: Mutex::default(), swept: AtomicBool::new(false) }
+        Self { dir, prefix: "", seen: Mutex::default(), swept: AtomicBool::new(false) }
+    }
+
+    /// The same directory, with files of its own: their names begin with this text. It is short and ends
+    /// with a tilde, as no file's name begins otherwise.
+    #[must_use]
+    pub fn with_prefix(self, prefix: &'static str) -> Self {
+        Self { prefix, ..self }
     }
 
     /// The file of an upstream.
     pub fn path(&self, upstream: &str) -> PathBuf {
-        self.dir.join(file_name(upstream))
+        self.dir.join(self.prefix.to_owned() + &file_name(upstream))
     }
 
     /// Reads what is stored of an upstream, if anything is.

@@ -37,6 +37,8 @@ pub struct Attempts {
     restarts: u32,
     /// The tries that were left when the last peer was given back.
     left: Option<usize>,
+    /// Until the limit is known: the tries that the balancer allows.
+    full: Option<usize>,
     tried: [u64; REMEMBERED],
     /// Where the next address is remembered.
     next: usize,
@@ -45,7 +47,29 @@ pub struct Attempts {
 impl Attempts {
     /// A request that begins, with the limit of `proxy_next_upstream_tries`.
     pub fn new(limit: usize) -> Self {
-        Self { limit, given: 0, restarts: 0, left: None, tried: [0; REMEMBERED], next: 0 }
+        Self {
+            limit,
+            given: 0,
+            restarts: 0,
+            left: None,
+            full: None,
+            tried: [0; REMEMBERED],
+            next: 0,
+        }
+    }
+
+    /// A request whose limit cannot be read. nginx lowers what the balancer allows to it, before the
+    /// first choice: of more than any list has, just the limit is left.
+    pub fn limited_by(tries: &mut usize) -> Self {
+        Self { full: Some(core::mem::replace(tries, usize::MAX)), ..Self::new(0) }
+    }
+
+    /// Before each choice: at the first one the limit is known, and the tries are what they should be.
+    pub fn begin(&mut self, tries: &mut usize) {
+        if let Some(full) = self.full.take() {
+            self.limit = if *tries == usize::MAX { 0 } else { *tries };
+            *tries = full.min(*tries);
+        }
     }
 
     /// The request has given a peer back, and has so many tries left.
@@ -150,6 +174,23 @@ mod tests {
         attempts.goes_wrong(b"b");
         attempts.goes_wrong(b"c");
         assert_eq!(attempts.tries(5), 1, "never none: a try is under way");
+    }
+
+    #[test]
+    fn a_limit_that_cannot_be_read_shows_in_the_tries() {
+        for (limit, list, first, grown) in [(0, 1, 1, 5), (3, 1, 1, 3), (3, 4, 3, 3), (9, 4, 4, 5)]
+        {
+            let mut tries = list;
+            let mut attempts = Attempts::limited_by(&mut tries);
+            // As nginx does it.
+            if limit > 0 && tries > limit {
+                tries = limit;
+            }
+            attempts.begin(&mut tries);
+            assert_eq!(tries, first, "limit {limit} of {list}");
+            attempts.begin(&mut tries);
+            assert_eq!((tries, attempts.tries(5)), (first, grown), "limit {limit} of {list}");
+        }
     }
 
     #[test]

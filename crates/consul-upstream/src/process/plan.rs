@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
 use std::sync::Arc;
 
 use consul_watch::agent::Address;
@@ -13,6 +14,7 @@ use nginx_peers::spec::Attributes;
 use nginx_peers::{Label, Spec};
 
 use crate::conf::{MainConf, Source, Upstream};
+use crate::protocol::Protocol;
 
 /// All upstreams of a configuration.
 #[derive(Clone)]
@@ -63,7 +65,7 @@ pub struct Line {
 }
 
 impl Plan {
-    pub fn new(main: &MainConf) -> Self {
+    pub fn new<P: Protocol>(main: &MainConf<P>) -> Self {
         let mut watches: HashMap<(&Agents, &Query), Vec<(usize, usize)>> = HashMap::new();
         let mut upstreams = Vec::new();
         for (u, upstream) in main.upstreams.iter().enumerate() {
@@ -81,13 +83,14 @@ impl Plan {
                 lines,
             })
             .collect();
-        let store = main.state_path().map(|path| Arc::new(Store::new(path.to_owned())));
+        let store = |path: &Path| Store::new(path.to_owned()).with_prefix(P::STATE);
+        let store = main.state_path().map(|path| Arc::new(store(path)));
         Self { upstreams, watches, max_connections: main.max_connections(), store }
     }
 }
 
 impl Line {
-    fn new(upstream: &Upstream, source: &Source) -> Self {
+    fn new<P: Protocol>(upstream: &Upstream<P>, source: &Source) -> Self {
         Self {
             query: source.query.clone(),
             selection: source.selection.clone(),
@@ -163,14 +166,14 @@ fn peer(spec: &Spec) -> Peer {
 ///
 /// The same in all processes of one build of the module; another build may not know it again, and
 /// then begins without the peers.
-pub fn source_of(upstream: &Upstream, source: &Source) -> u64 {
+pub fn source_of<P: Protocol>(upstream: &Upstream<P>, source: &Source) -> u64 {
     let mut hasher = DefaultHasher::new();
     key(upstream, source).hash(&mut hasher);
     hasher.finish()
 }
 
 /// What a line asks for, of whom.
-fn key(upstream: &Upstream, source: &Source) -> String {
+fn key<P: Protocol>(upstream: &Upstream<P>, source: &Source) -> String {
     let Selection { tags, health, .. } = &source.selection;
     let mut tags = tags.clone();
     tags.sort();

@@ -6,23 +6,23 @@
 //! have the peers from their first request on, whether Consul answers or not.
 
 use core::ffi::c_void;
-use core::slice;
 use std::time::{Duration, Instant};
 
 use nginx_peers::List;
 use nginx_peers::carry::{Carried, copy};
 use nginx_peers::list::Statics;
+use nginx_peers::{PeersAbi, ServerAbi, UpstreamAbi};
 use nginx_sys::{
-    NGX_ERROR, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK, ngx_http_upstream_main_conf_t,
-    ngx_http_upstream_rr_peers_t, ngx_http_upstream_server_t, ngx_http_upstream_srv_conf_t,
-    ngx_int_t, ngx_shm_zone_init_pt, ngx_shm_zone_t,
+    NGX_ERROR, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK, ngx_int_t, ngx_shm_zone_init_pt,
+    ngx_shm_zone_t,
 };
 
 use crate::conf::Upstream;
-use crate::conf::finish::server_conf;
+use crate::conf::finish::{server_conf, servers_of};
 use crate::guard::guard;
 use crate::log;
 use crate::process::source_of;
+use crate::protocol::{Peers, Protocol};
 
 /// How long the master waits for the lock of an old list. Edits and requests hold it for less; a
 /// worker that was killed holds it for ever.
@@ -46,12 +46,14 @@ impl Heir {
     ///
     /// The zone of `upstream` is being configured; the value goes into the upstream's
     /// configuration.
-    pub unsafe fn new(upstream: &Upstream) -> Self {
+    pub unsafe fn new<P: Protocol>(upstream: &Upstream<P>) -> Self {
         // SAFETY: the caller's promise.
         let init_zone = unsafe {
-            let zone = (*upstream.nginx).shm_zone;
-            let ours = (*zone).init.is_some_and(|init| core::ptr::fn_addr_eq(init, OURS));
-            if ours { None } else { (*zone).init.replace(OURS) }
+            let zone = *P::Upstream::shm_zone(upstream.nginx);
+            let function: unsafe extern "C" fn(*mut ngx_shm_zone_t, *mut c_void) -> ngx_int_t =
+                init_zone::<P>;
+            let ours = (*zone).init.is_some_and(|init| core::ptr::fn_addr_eq(init, function));
+            if ours { None } else { (*zone).init.replace(function) }
         };
         Self {
             name: upstream.name.clone(),
@@ -63,21 +65,23 @@ impl Heir {
     }
 }
 
-const OURS: unsafe extern "C" fn(*mut ngx_shm_zone_t, *mut c_void) -> ngx_int_t = init_zone;
-
 /// # Safety
 ///
 /// As nginx calls it: `zone` is the new one, and `old` the data of the one before, or null.
-unsafe extern "C" fn init_zone(zone: *mut ngx_shm_zone_t, old: *mut c_void) -> ngx_int_t {
+unsafe extern "C" fn init_zone<P: Protocol>(
+    zone: *mut ngx_shm_zone_t,
+    old: *mut c_void,
+) -> ngx_int_t {
     guard("a new zone", NGX_ERROR as ngx_int_t, || {
         // SAFETY: the data of an upstream's zone is the configuration of all upstreams. That of
         // the old one belongs to a cycle that is in use. Its part of our module is not touched: it
         // may be another version's.
         unsafe {
-            let upstreams = all((*zone).data);
+            let upstreams = P::Upstream::all((*zone).data);
             let heirs = || {
-                upstreams.iter().filter(|nginx| (***nginx).shm_zone == zone).filter_map(|nginx| {
-                    let conf = server_conf(*nginx)?;
+                let ours = upstreams.iter().filter(|it| *P::Upstream::shm_zone(**it) == zone);
+                ours.filter_map(|nginx| {
+                    let conf = server_conf::<P>(*nginx)?;
                     Some((*nginx, (*conf).heir.as_ref()?))
                 })
             };
@@ -88,26 +92,15 @@ unsafe extern "C" fn init_zone(zone: *mut ngx_shm_zone_t, old: *mut c_void) -> n
             if rc != NGX_OK as ngx_int_t || old.is_null() {
                 return rc;
             }
-            let old = all(old);
+            let old = P::Upstream::all(old);
             for (nginx, heir) in heirs() {
                 if let Some(before) = old.iter().find(|before| same(**before, nginx)) {
-                    take_over(zone, heir, *before, nginx);
+                    take_over::<P>(zone, heir, *before, nginx);
                 }
             }
             rc
         }
     })
-}
-
-/// # Safety
-///
-/// `data` is that of an upstream's zone.
-unsafe fn all<'a>(data: *mut c_void) -> &'a [*mut ngx_http_upstream_srv_conf_t] {
-    // SAFETY: nginx's own configuration of all upstreams, alive as long as its cycle.
-    unsafe {
-        let upstreams = &(*data.cast::<ngx_http_upstream_main_conf_t>()).upstreams;
-        slice::from_raw_parts(upstreams.elts.cast(), upstreams.nelts)
-    }
 }
 
 /// Whether an upstream of the old configuration is the one before `new`: it has its name, and its
@@ -116,33 +109,31 @@ unsafe fn all<'a>(data: *mut c_void) -> &'a [*mut ngx_http_upstream_srv_conf_t] 
 /// # Safety
 ///
 /// Both are live.
-unsafe fn same(
-    old: *mut ngx_http_upstream_srv_conf_t,
-    new: *mut ngx_http_upstream_srv_conf_t,
-) -> bool {
+unsafe fn same<U: UpstreamAbi>(old: *mut U, new: *mut U) -> bool {
     // SAFETY: the caller's promise; names are there with their upstreams and zones.
     unsafe {
-        !(*old).shm_zone.is_null()
-            && (*(*old).shm_zone).shm.name.as_bytes() == (*(*new).shm_zone).shm.name.as_bytes()
-            && (*old).host.as_bytes() == (*new).host.as_bytes()
+        let (old_zone, new_zone) = (*U::shm_zone(old), *U::shm_zone(new));
+        !old_zone.is_null()
+            && (*old_zone).shm.name.as_bytes() == (*new_zone).shm.name.as_bytes()
+            && (*U::host(old)).as_bytes() == (*U::host(new)).as_bytes()
     }
 }
 
 /// # Safety
 ///
 /// In the master, with the old list in use by its workers, and the new one by nobody.
-unsafe fn take_over(
+unsafe fn take_over<P: Protocol>(
     zone: *mut ngx_shm_zone_t,
     heir: &Heir,
-    old: *mut ngx_http_upstream_srv_conf_t,
-    new: *mut ngx_http_upstream_srv_conf_t,
+    old: *mut P::Upstream,
+    new: *mut P::Upstream,
 ) {
     let begin = Instant::now();
     let Heir { name, zone: zone_name, .. } = heir;
     // SAFETY: both have lists in their zones, which nginx has made of their static servers.
     unsafe {
         let say = |level, args| log::write(level, (*zone).shm.log, args);
-        let before: *mut ngx_http_upstream_rr_peers_t = (*old).peer.data.cast();
+        let before = P::Upstream::peers(old);
         let Some(copied) = copy(before, statics_of(old), PATIENCE) else {
             say(
                 NGX_LOG_WARN,
@@ -157,9 +148,9 @@ unsafe fn take_over(
         if carried.is_empty() {
             return;
         }
-        let primaries: *mut ngx_http_upstream_rr_peers_t = (*new).peer.data.cast();
+        let primaries = P::Upstream::peers(new);
         // A full zone is our line to write, with the size that would do.
-        (*(*primaries).shpool).set_log_nomem(0);
+        (*(*Peers::<P>::shpool(primaries))).set_log_nomem(0);
         let taken = List::new(primaries, heir.statics).take_over(&carried);
         let (locked, all) = (copied.locked.as_micros(), begin.elapsed().as_micros());
         match taken {
@@ -189,23 +180,19 @@ unsafe fn take_over(
 /// # Safety
 ///
 /// `nginx` is live.
-unsafe fn statics_of(nginx: *mut ngx_http_upstream_srv_conf_t) -> Statics {
+unsafe fn statics_of<U: UpstreamAbi>(nginx: *mut U) -> Statics {
     let mut statics = Statics::default();
     // SAFETY: nginx's own list of servers, from which it has made the peers. Those whose names it
     // resolves at run time stand in a list of their own.
     unsafe {
-        let servers = (*nginx).servers;
-        if servers.is_null() {
-            return statics;
-        }
-        for server in (*servers).as_slice::<ngx_http_upstream_server_t>() {
-            if server.host.len == 0 {
-                let side = if server.backup() != 0 {
+        for server in servers_of(nginx) {
+            if (*U::Server::host(server)).len == 0 {
+                let side = if U::Server::is_backup(server) {
                     &mut statics.backups
                 } else {
                     &mut statics.primaries
                 };
-                *side += server.naddrs;
+                *side += *U::Server::naddrs(server);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What is set once for all upstreams, in the http block alone.
+//! What is set once for all upstreams, in the whole block alone.
 
 use core::ffi::c_void;
 
@@ -7,6 +7,7 @@ use ngx::ngx_string;
 
 use super::argument::{Base, invalid, number, once, only, path, time};
 use super::{Fault, MainConf};
+use crate::protocol::Protocol;
 
 /// As many connections as a port of one's own for each would allow.
 const CONNECTIONS: std::ops::RangeInclusive<u32> = 1..=65535;
@@ -18,9 +19,9 @@ const STATE_PATH: ngx_str_t = ngx_string!("consul_state");
 ///
 /// As for all handlers here: called by [`super::set`] with nginx's own `cf`, for a command whose
 /// configuration is a [`MainConf`], which nobody else uses meanwhile.
-unsafe fn main<'a>(conf: *mut c_void) -> &'a mut MainConf {
+unsafe fn main<'a, P: Protocol>(conf: *mut c_void) -> &'a mut MainConf<P> {
     // SAFETY: the caller's promise.
-    unsafe { &mut *conf.cast::<MainConf>() }
+    unsafe { &mut *conf.cast::<MainConf<P>>() }
 }
 
 /// `consul_start_timeout TIME;`
@@ -28,7 +29,7 @@ unsafe fn main<'a>(conf: *mut c_void) -> &'a mut MainConf {
 /// # Safety
 ///
 /// See [`main`].
-pub unsafe fn start_timeout(
+pub unsafe fn start_timeout<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -36,7 +37,7 @@ pub unsafe fn start_timeout(
     let value = only(args);
     let timeout = time(value.as_bytes()).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut main(conf).start_timeout }, timeout)
+    once(unsafe { &mut main::<P>(conf).start_timeout }, timeout)
 }
 
 /// `consul_max_connections N;`
@@ -44,7 +45,7 @@ pub unsafe fn start_timeout(
 /// # Safety
 ///
 /// See [`main`].
-pub unsafe fn max_connections(
+pub unsafe fn max_connections<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -54,7 +55,7 @@ pub unsafe fn max_connections(
         .filter(|connections| CONNECTIONS.contains(connections))
         .ok_or_else(|| invalid(&value, ", it must be from 1 to 65535"))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut main(conf).max_connections }, connections as usize)
+    once(unsafe { &mut main::<P>(conf).max_connections }, connections as usize)
 }
 
 /// `consul_state_path PATH|off;`
@@ -62,7 +63,7 @@ pub unsafe fn max_connections(
 /// # Safety
 ///
 /// See [`main`].
-pub unsafe fn state_path(
+pub unsafe fn state_path<P: Protocol>(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -75,15 +76,18 @@ pub unsafe fn state_path(
         _ => Some(unsafe { path(cf, &value, Base::Prefix) }?),
     };
     // SAFETY: this function's own contract.
-    once(unsafe { &mut main(conf).state_path }, path)
+    once(unsafe { &mut main::<P>(conf).state_path }, path)
 }
 
 /// Completes what was not set and depends on how nginx was started.
 ///
 /// # Safety
 ///
-/// `cf` is the context of the http block.
-pub unsafe fn complete(cf: *mut ngx_conf_t, main: &mut MainConf) -> Result<(), String> {
+/// `cf` is the context of the block.
+pub unsafe fn complete<P: Protocol>(
+    cf: *mut ngx_conf_t,
+    main: &mut MainConf<P>,
+) -> Result<(), String> {
     if main.state_path.is_none() {
         // SAFETY: this function's own contract; the text is static.
         main.state_path = Some(Some(unsafe { path(cf, &STATE_PATH, Base::Prefix) }?));

@@ -19,6 +19,7 @@ use super::apply::Applier;
 use super::shared::Shared;
 use crate::conf::MainConf;
 use crate::log;
+use crate::protocol::Protocol;
 
 /// How often the other workers look.
 const LOOK: Duration = Duration::from_millis(5);
@@ -35,7 +36,7 @@ const GRACE: Duration = Duration::from_millis(250);
 /// # Safety
 ///
 /// On the main thread of another worker; see [`Shared::of`].
-pub unsafe fn wait(main: &MainConf) {
+pub unsafe fn wait<P: Protocol>(main: &MainConf<P>) {
     // SAFETY: this function's own contract.
     let shared = unsafe { Shared::of(main) };
     let until = Instant::now() + main.start_timeout();
@@ -52,7 +53,7 @@ pub unsafe fn wait(main: &MainConf) {
 /// # Safety
 ///
 /// On the main thread of the first worker; see [`Shared::of`].
-pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
+pub unsafe fn wait_and_open<P: Protocol>(main: &MainConf<P>, applier: &mut Applier<P>) {
     // SAFETY: this function's own contract.
     if unsafe { Shared::of(main) }.open.load(Ordering::Acquire) {
         return;
@@ -84,7 +85,7 @@ pub unsafe fn wait_and_open(main: &MainConf, applier: &mut Applier) {
 /// # Safety
 ///
 /// See [`Shared::of`].
-pub unsafe fn open(main: &MainConf) {
+pub unsafe fn open<P: Protocol>(main: &MainConf<P>) {
     // SAFETY: this function's own contract.
     unsafe { Shared::of(main) }.open.store(true, Ordering::Release);
 }

@@ -6,14 +6,16 @@ use std::time::Duration;
 use consul_watch::query::{Network, Parameter, text};
 use consul_watch::{Health, Query, Selection};
 use nginx_peers::spec::Attributes;
+use nginx_peers::{ServerAbi, UpstreamAbi};
 use nginx_sys::{
-    AF_INET, ngx_addr_t, ngx_array_push, ngx_conf_t, ngx_http_upstream_server_t, ngx_pcalloc,
-    ngx_str_t, sockaddr, sockaddr_in,
+    AF_INET, ngx_addr_t, ngx_array_push, ngx_conf_t, ngx_pcalloc, ngx_pool_t, ngx_str_t, sockaddr,
+    sockaddr_in,
 };
 
 use super::argument::{number, quoted, seconds, time};
 use super::finish::upstream_of;
 use super::{Fault, ServerConf, filter};
+use crate::protocol::Protocol;
 
 /// Milliseconds within 31 bits, as nginx's own times.
 const LONGEST_HOLD: Duration = Duration::from_millis(i32::MAX as u64);
@@ -58,9 +60,13 @@ impl Source {
 ///
 /// Called by [`super::set`] for a command whose configuration is a [`ServerConf`], inside an
 /// upstream block.
-pub unsafe fn add(cf: *mut ngx_conf_t, args: &[ngx_str_t], conf: *mut c_void) -> Result<(), Fault> {
+pub unsafe fn add<P: Protocol>(
+    cf: *mut ngx_conf_t,
+    args: &[ngx_str_t],
+    conf: *mut c_void,
+) -> Result<(), Fault> {
     // SAFETY: this function's own contract; nobody else uses the configuration meanwhile.
-    let conf = unsafe { &mut *conf.cast::<ServerConf>() };
+    let conf = unsafe { &mut *conf.cast::<ServerConf<P>>() };
     let (service, parameters) = args.split_first().ok_or("no service")?;
     let mut source = read(service, parameters)?;
     // SAFETY: nginx fills in the file that it reads.
@@ -74,7 +80,10 @@ pub unsafe fn add(cf: *mut ngx_conf_t, args: &[ngx_str_t], conf: *mut c_void) ->
     conf.sources.push(source);
     if conf.placeholder.is_none() {
         // SAFETY: as above.
-        conf.placeholder = Some(unsafe { push_placeholder(cf) }.ok_or("no memory")?);
+        conf.placeholder = Some(
+            unsafe { push_placeholder::<P::Upstream>(upstream_of::<P>(cf), (*cf).pool) }
+                .ok_or("no memory")?,
+        );
     }
     Ok(())
 }
@@ -190,19 +199,20 @@ fn percent(value: &[u8]) -> Option<u8> {
 ///
 /// # Safety
 ///
-/// `cf` is the context inside an upstream block.
-unsafe fn push_placeholder(cf: *mut ngx_conf_t) -> Option<*mut sockaddr> {
+/// `upstream` is the one whose block is read, and `pool` the configuration's memory.
+unsafe fn push_placeholder<U: UpstreamAbi>(
+    upstream: *mut U,
+    pool: *mut ngx_pool_t,
+) -> Option<*mut sockaddr> {
     const NAME: &str = "consul";
     // SAFETY: all is allocated in the configuration's pool and filled in before nginx sees it;
     // zero is valid for all of these types.
     unsafe {
-        let pool = (*cf).pool;
-        let server: *mut ngx_http_upstream_server_t =
-            ngx_array_push((*upstream_of(cf)).servers).cast();
+        let server: *mut U::Server = ngx_array_push(*U::servers(upstream)).cast();
         if server.is_null() {
             return None;
         }
-        *server = core::mem::zeroed();
+        server.write_bytes(0, 1);
         let address: *mut ngx_addr_t = ngx_pcalloc(pool, size_of::<ngx_addr_t>()).cast();
         let sockaddr: *mut sockaddr_in = ngx_pcalloc(pool, size_of::<sockaddr_in>()).cast();
         if address.is_null() || sockaddr.is_null() {
@@ -213,11 +223,11 @@ unsafe fn push_placeholder(cf: *mut ngx_conf_t) -> Option<*mut sockaddr> {
         (*address).sockaddr = sockaddr.cast();
         (*address).socklen = size_of::<sockaddr_in>() as _;
         (*address).name = name;
-        (*server).name = name;
-        (*server).addrs = address;
-        (*server).naddrs = 1;
-        (*server).weight = 1;
-        (*server).down = 1;
+        *U::Server::name(server) = name;
+        *U::Server::addrs(server) = address;
+        *U::Server::naddrs(server) = 1;
+        *U::Server::weight(server) = 1;
+        *U::Server::down(server) = 1;
         Some(sockaddr.cast())
     }
 }

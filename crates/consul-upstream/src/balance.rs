@@ -10,23 +10,23 @@
 //! expects its own.
 
 use core::ffi::c_void;
-use core::mem::offset_of;
 use core::{ptr, slice};
 use std::time::Instant;
 
-use nginx_peers::meter::{Attempt, Meter};
+use nginx_peers::meter::Meter;
 use nginx_peers::retry::Attempts;
+use nginx_peers::{PeerAbi, PeersAbi, UpstreamAbi};
 use nginx_sys::{
     NGX_BUSY, NGX_DONE, NGX_ERROR, NGX_OK, NGX_PEER_FAILED, NGX_PEER_NEXT, ngx_current_msec,
-    ngx_event_free_peer_pt, ngx_event_get_peer_pt, ngx_event_notify_peer_pt, ngx_http_request_t,
-    ngx_http_upstream_rr_peer_t, ngx_http_upstream_rr_peers_t, ngx_http_upstream_srv_conf_t,
-    ngx_int_t, ngx_msec_t, ngx_palloc, ngx_peer_connection_t, ngx_uint_t,
+    ngx_event_free_peer_pt, ngx_event_get_peer_pt, ngx_event_notify_peer_pt, ngx_int_t, ngx_palloc,
+    ngx_peer_connection_t, ngx_uint_t,
 };
 #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
 use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
 
 use crate::conf::finish::server_conf;
-use crate::{failpoint, instances};
+use crate::failpoint;
+use crate::protocol::{Peer, Peers, Protocol, Session};
 
 const OK: ngx_int_t = NGX_OK as ngx_int_t;
 const DONE: ngx_int_t = NGX_DONE as ngx_int_t;
@@ -34,15 +34,17 @@ const BUSY: ngx_int_t = NGX_BUSY as ngx_int_t;
 const ERROR: ngx_int_t = NGX_ERROR as ngx_int_t;
 
 /// What a request's balancer set, and what the request has done with it.
-struct Balancer {
-    request: *mut ngx_http_request_t,
-    upstream: *mut ngx_http_upstream_srv_conf_t,
+struct Balancer<P: Protocol> {
+    request: *mut Session<P>,
+    upstream: *mut P::Upstream,
     inner: Inner,
     /// The list's change counter before the balancer was initialised.
     config: ngx_uint_t,
     attempts: Attempts,
     /// The peer that the request holds, if it has a meter.
-    peer: *mut ngx_http_upstream_rr_peer_t,
+    peer: *mut Peer<P>,
+    /// What the protocol notes of that.
+    held: P::Held,
 }
 
 /// The fields of `ngx_peer_connection_t` that a balancer fills in.
@@ -63,31 +65,34 @@ struct Inner {
 /// # Safety
 ///
 /// As nginx calls it: a request that has an upstream, and the upstream's configuration.
-pub unsafe extern "C" fn init_peer(
-    request: *mut ngx_http_request_t,
-    upstream: *mut ngx_http_upstream_srv_conf_t,
+pub unsafe extern "C" fn init_peer<P: Protocol>(
+    request: *mut Session<P>,
+    upstream: *mut P::Upstream,
 ) -> ngx_int_t {
     // SAFETY: the request and its pool are live; the memory is written whole before it is used,
     // and holds nothing that would have to be dropped.
     unsafe {
-        let balancer: *mut Balancer = ngx_palloc((*request).pool, size_of::<Balancer>()).cast();
+        let balancer: *mut Balancer<P> =
+            ngx_palloc(P::pool(request), size_of::<Balancer<P>>()).cast();
         if balancer.is_null() {
             return ERROR;
         }
-        let request_upstream = (*request).upstream;
+        let pc = P::peer_connection(request);
         if failpoint::is_off("retry") {
-            let pc = &raw mut (*request_upstream).peer;
-            return init_inner(pc, request, upstream).1;
+            return init_inner::<P>(pc, request, upstream).1;
         }
-        let limit = (*(*request_upstream).conf).next_upstream_tries;
-        let pc = &raw mut (*request_upstream).peer;
-        let (config, rc) = init_inner(pc, request, upstream);
+        let (config, rc) = init_inner::<P>(pc, request, upstream);
         if rc != OK {
             return rc;
         }
-        let (inner, attempts) = (Inner::of(pc), Attempts::new(limit));
-        let peer = ptr::null_mut();
-        balancer.write(Balancer { request, upstream, inner, config, attempts, peer });
+        let limit = P::most_tries(request);
+        let inner = Inner::of(pc);
+        let attempts = match limit {
+            Some(limit) => Attempts::new(limit),
+            None => Attempts::limited_by(&mut (*pc).tries),
+        };
+        let (peer, held) = (ptr::null_mut(), P::Held::default());
+        balancer.write(Balancer { request, upstream, inner, config, attempts, peer, held });
         (*balancer).wrap(pc);
         OK
     }
@@ -98,19 +103,19 @@ pub unsafe extern "C" fn init_peer(
 /// # Safety
 ///
 /// As [`init_peer`]; `pc` is the request's.
-unsafe fn init_inner(
+unsafe fn init_inner<P: Protocol>(
     pc: *mut ngx_peer_connection_t,
-    request: *mut ngx_http_request_t,
-    upstream: *mut ngx_http_upstream_srv_conf_t,
+    request: *mut Session<P>,
+    upstream: *mut P::Upstream,
 ) -> (ngx_uint_t, ngx_int_t) {
     // SAFETY: `conf::finish` has replaced a callback that it kept in this configuration.
     unsafe {
         // Before: a change in between is then seen as one, and not missed.
-        let config = config_of(upstream);
+        let config = config_of::<P>(upstream);
         // Round robin writes to what `data` points to as if it were its own.
         (*pc).data = ptr::null_mut();
         (*pc).notify = None;
-        let Some(conf) = server_conf(upstream) else { return (config, ERROR) };
+        let Some(conf) = server_conf::<P>(upstream) else { return (config, ERROR) };
         let Some(init) = (*conf).init_peer else { return (config, ERROR) };
         // The first request after a change is the one that its preparations are made for.
         let begin = ((*conf).seen != config).then(Instant::now);
@@ -130,11 +135,9 @@ unsafe fn init_inner(
 /// # Safety
 ///
 /// `upstream` is one with `consul_upstream`, of a configuration that is in use.
-unsafe fn list_of(
-    upstream: *mut ngx_http_upstream_srv_conf_t,
-) -> *mut ngx_http_upstream_rr_peers_t {
+unsafe fn list_of<P: Protocol>(upstream: *mut P::Upstream) -> *mut Peers<P> {
     // SAFETY: all stock balancers keep their list there, and `conf::finish` has seen it.
-    unsafe { (*upstream).peer.data.cast() }
+    unsafe { P::Upstream::peers(upstream) }
 }
 
 /// How often the upstream's list has changed.
@@ -142,9 +145,9 @@ unsafe fn list_of(
 /// # Safety
 ///
 /// As [`list_of`].
-unsafe fn config_of(upstream: *mut ngx_http_upstream_srv_conf_t) -> ngx_uint_t {
+pub unsafe fn config_of<P: Protocol>(upstream: *mut P::Upstream) -> ngx_uint_t {
     // SAFETY: a list in a zone has a counter; another process may write it meanwhile, one word.
-    unsafe { (*list_of(upstream)).config.read_volatile() }
+    unsafe { (*Peers::<P>::config(list_of::<P>(upstream))).read_volatile() }
 }
 
 /// The address of the peer that was chosen.
@@ -183,7 +186,7 @@ impl Inner {
     }
 }
 
-impl Balancer {
+impl<P: Protocol> Balancer<P> {
     /// Puts our callbacks in the place of those that [`Inner::of`] has read.
     ///
     /// # Safety
@@ -193,13 +196,13 @@ impl Balancer {
         // SAFETY: the caller's promise.
         unsafe {
             (*pc).data = ptr::from_mut(self).cast();
-            (*pc).get = Some(get);
-            (*pc).free = Some(free);
-            (*pc).notify = self.inner.notify.map(|_| notify as _);
+            (*pc).get = Some(get::<P>);
+            (*pc).free = Some(free::<P>);
+            (*pc).notify = self.inner.notify.map(|_| notify::<P> as _);
             #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
             {
-                (*pc).set_session = self.inner.set_session.map(|_| set_session as _);
-                (*pc).save_session = self.inner.save_session.map(|_| save_session as _);
+                (*pc).set_session = self.inner.set_session.map(|_| set_session::<P> as _);
+                (*pc).save_session = self.inner.save_session.map(|_| save_session::<P> as _);
             }
         }
     }
@@ -207,7 +210,7 @@ impl Balancer {
     /// Whether the list has changed since the balancer was initialised.
     fn list_changed(&self) -> bool {
         // SAFETY: the upstream is that of a live request.
-        unsafe { config_of(self.upstream) != self.config }
+        unsafe { config_of::<P>(self.upstream) != self.config }
     }
 
     /// Initialises the balancer again; the request holds no peer.
@@ -218,7 +221,7 @@ impl Balancer {
     unsafe fn restart(&mut self, pc: *mut ngx_peer_connection_t) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
-            let (config, rc) = init_inner(pc, self.request, self.upstream);
+            let (config, rc) = init_inner::<P>(pc, self.request, self.upstream);
             if rc == OK {
                 self.config = config;
                 self.inner = Inner::of(pc);
@@ -235,7 +238,10 @@ impl Balancer {
     /// `pc` is the request's.
     unsafe fn get(&mut self, pc: *mut ngx_peer_connection_t) -> ngx_int_t {
         // SAFETY: the caller's promise.
-        self.attempts.comes_back(unsafe { (*pc).tries });
+        unsafe {
+            self.attempts.begin(&mut (*pc).tries);
+            self.attempts.comes_back((*pc).tries);
+        }
         let mut skips = 0;
         loop {
             let Some(inner) = self.inner.get else { return ERROR };
@@ -247,7 +253,8 @@ impl Balancer {
                     return ERROR;
                 }
                 // SAFETY: the upstream is that of a live request.
-                if let Some(cost) = unsafe { server_conf(self.upstream).and_then(|it| (*it).cost) }
+                if let Some(cost) =
+                    unsafe { server_conf::<P>(self.upstream).and_then(|it| (*it).cost) }
                 {
                     cost.add_repaired(1);
                 }
@@ -273,7 +280,7 @@ impl Balancer {
                 (*pc).tries = tries;
                 (*pc).sockaddr = ptr::null_mut();
                 if skips >= self.attempts.remembered() {
-                    (*pc).name = (*list_of(self.upstream)).name;
+                    (*pc).name = *Peers::<P>::name(list_of::<P>(self.upstream));
                     return BUSY;
                 }
             }
@@ -293,18 +300,16 @@ impl Balancer {
         // SAFETY: all stock balancers point to the name inside of the peer, which the request
         // holds until `free`; what is not in the list's zone is no peer of it.
         unsafe {
-            let pool = (*list_of(self.upstream)).shpool;
-            let offset = offset_of!(ngx_http_upstream_rr_peer_t, name);
-            let peer: *mut ngx_http_upstream_rr_peer_t =
-                (*pc).name.wrapping_byte_sub(offset).cast();
+            let pool = *Peers::<P>::shpool(list_of::<P>(self.upstream));
+            let peer: *mut Peer<P> = (*pc).name.wrapping_byte_sub(Peer::<P>::NAME).cast();
             let is_inside = peer.addr() > pool.addr() && peer.addr() < (*pool).end.addr();
             let meter = if is_inside { Meter::of(peer, (*pool).end) } else { None };
             self.peer = match meter {
                 Some(meter) => {
                     // The time that nginx goes by, on the same clock.
                     meter.picked(ngx_current_msec as u64);
-                    // Peers with a meter are ours, and have a label.
-                    instances::remember(self.request, self.upstream, peer, (*pool).end);
+                    // Peers with a meter are ours.
+                    P::holds(self.request, self.upstream, peer, &mut self.held);
                     peer
                 }
                 None => ptr::null_mut(),
@@ -322,31 +327,19 @@ impl Balancer {
         if peer.is_null() {
             return;
         }
-        const UNSET: ngx_msec_t = ngx_msec_t::MAX;
         // SAFETY: the caller's promise; nginx completes the state of an attempt before this.
         unsafe {
-            let list = list_of(self.upstream);
-            let Some(meter) = Meter::of(peer, (*(*list).shpool).end) else { return };
-            let upstream = (*self.request).upstream;
-            let Some(ended) = (*upstream).state.as_ref() else { return };
+            P::lets_go(&mut self.held);
+            let list = list_of::<P>(self.upstream);
+            let Some(meter) = Meter::of(peer, (*(*Peers::<P>::shpool(list))).end) else { return };
             let failed = state & NGX_PEER_FAILED as ngx_uint_t != 0;
-            let has_header = ended.header_time != UNSET;
-            let response_time = match ended.response_time {
-                UNSET => ngx_current_msec.wrapping_sub((*upstream).start_time),
-                time => time,
-            };
-            meter.ended(&Attempt {
-                status: has_header.then_some(ended.status as u64),
-                sent: u64::try_from(ended.bytes_sent).unwrap_or(0),
-                received: u64::try_from(ended.bytes_received).unwrap_or(0),
-                header_time: has_header.then_some(ended.header_time as u64),
-                response_time: response_time as u64,
-                failed,
-            });
+            let Some(attempt) = P::attempt(self.request, failed) else { return };
+            meter.ended(&attempt);
             // nginx counts no failures of a single peer, and makes it never unavailable.
             if failed {
-                let max = (*peer).max_fails;
-                if (*list).single() == 0 && max > 0 && (*peer).fails + 1 >= max {
+                let max = *Peer::<P>::max_fails(peer);
+                let fails = *Peer::<P>::fails(peer) + 1;
+                if !Peers::<P>::is_single(list) && max > 0 && fails >= max {
                     meter.is_unavailable(ngx_current_msec as u64);
                 }
             } else if state == 0 {
@@ -370,10 +363,10 @@ impl Balancer {
                 inner(pc, self.inner.data, state);
             }
             if has_failed(state) {
-                let list = list_of(self.upstream);
-                let backups = (*list).next;
-                let backups = if backups.is_null() { 0 } else { (*backups).number };
-                let peers = (*list).number + backups;
+                let list = list_of::<P>(self.upstream);
+                let backups = *Peers::<P>::next(list);
+                let backups = if backups.is_null() { 0 } else { *Peers::<P>::number(backups) };
+                let peers = *Peers::<P>::number(list) + backups;
                 if self.attempts.one_more((*pc).tries, self.list_changed(), peers) {
                     (*pc).tries = 1;
                 }
@@ -386,26 +379,37 @@ impl Balancer {
 /// # Safety
 ///
 /// As nginx calls it: `data` is what [`Balancer::wrap`] has set.
-unsafe extern "C" fn get(pc: *mut ngx_peer_connection_t, data: *mut c_void) -> ngx_int_t {
+unsafe extern "C" fn get<P: Protocol>(
+    pc: *mut ngx_peer_connection_t,
+    data: *mut c_void,
+) -> ngx_int_t {
     // SAFETY: this function's own contract; a request is worked at by one function at a time.
-    unsafe { (*data.cast::<Balancer>()).get(pc) }
+    unsafe { (*data.cast::<Balancer<P>>()).get(pc) }
 }
 
 /// # Safety
 ///
 /// As [`get`].
-unsafe extern "C" fn free(pc: *mut ngx_peer_connection_t, data: *mut c_void, state: ngx_uint_t) {
+unsafe extern "C" fn free<P: Protocol>(
+    pc: *mut ngx_peer_connection_t,
+    data: *mut c_void,
+    state: ngx_uint_t,
+) {
     // SAFETY: as in `get`.
-    unsafe { (*data.cast::<Balancer>()).free(pc, state) }
+    unsafe { (*data.cast::<Balancer<P>>()).free(pc, state) }
 }
 
 /// # Safety
 ///
 /// As [`get`].
-unsafe extern "C" fn notify(pc: *mut ngx_peer_connection_t, data: *mut c_void, kind: ngx_uint_t) {
+unsafe extern "C" fn notify<P: Protocol>(
+    pc: *mut ngx_peer_connection_t,
+    data: *mut c_void,
+    kind: ngx_uint_t,
+) {
     // SAFETY: as in `get`; set only where the balancer has one.
     unsafe {
-        let inner = &(*data.cast::<Balancer>()).inner;
+        let inner = &(*data.cast::<Balancer<P>>()).inner;
         if let Some(notify) = inner.notify {
             notify(pc, inner.data, kind);
         }
@@ -416,10 +420,13 @@ unsafe extern "C" fn notify(pc: *mut ngx_peer_connection_t, data: *mut c_void, k
 ///
 /// As [`get`].
 #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
-unsafe extern "C" fn set_session(pc: *mut ngx_peer_connection_t, data: *mut c_void) -> ngx_int_t {
+unsafe extern "C" fn set_session<P: Protocol>(
+    pc: *mut ngx_peer_connection_t,
+    data: *mut c_void,
+) -> ngx_int_t {
     // SAFETY: as in `get`; set only where the balancer has one.
     unsafe {
-        let inner = &(*data.cast::<Balancer>()).inner;
+        let inner = &(*data.cast::<Balancer<P>>()).inner;
         inner.set_session.map_or(OK, |set_session| set_session(pc, inner.data))
     }
 }
@@ -428,10 +435,10 @@ unsafe extern "C" fn set_session(pc: *mut ngx_peer_connection_t, data: *mut c_vo
 ///
 /// As [`get`].
 #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
-unsafe extern "C" fn save_session(pc: *mut ngx_peer_connection_t, data: *mut c_void) {
+unsafe extern "C" fn save_session<P: Protocol>(pc: *mut ngx_peer_connection_t, data: *mut c_void) {
     // SAFETY: as in `get`; set only where the balancer has one.
     unsafe {
-        let inner = &(*data.cast::<Balancer>()).inner;
+        let inner = &(*data.cast::<Balancer<P>>()).inner;
         if let Some(save_session) = inner.save_session {
             save_session(pc, inner.data);
         }

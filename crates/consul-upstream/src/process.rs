@@ -15,23 +15,22 @@
 //! Everything here but [`thread`] runs on nginx's main thread.
 
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, Ordering};
+use core::sync::atomic::Ordering;
 
 use nginx_sys::{
     NGX_LOG_CRIT, NGX_LOG_WARN, NGX_OK, NGX_PROCESS_SINGLE, NGX_PROCESS_WORKER, ngx_cycle_t,
     ngx_int_t, ngx_process, ngx_test_config, ngx_uint_t, ngx_worker,
 };
-use ngx::http::HttpModuleMainConf;
 
-use self::apply::Applier;
+pub use self::apply::Applier;
 pub use self::cost::Cost;
 pub use self::plan::source_of;
 pub use self::shared::Shared;
 pub use self::shared::{add as add_zone, own_pid};
-use crate::conf::MainConf;
 use crate::conf::finish::server_conf;
 use crate::guard::guard;
-use crate::{ConsulUpstream, failpoint, log, variables};
+use crate::protocol::{Protocol, main_conf};
+use crate::{failpoint, log};
 
 mod apply;
 mod assembly;
@@ -49,9 +48,6 @@ mod story;
 mod tale;
 mod thread;
 
-/// This process' part in following Consul; null in most processes.
-static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
-
 /// Called in the master after each reading of the configuration, and by `nginx -t`: nothing is
 /// started there, and by the latter nothing made. In single-process mode a reload comes by here and nowhere else: the thread that
 /// followed the old configuration is replaced.
@@ -59,18 +55,18 @@ static APPLIER: AtomicPtr<Applier> = AtomicPtr::new(ptr::null_mut());
 /// # Safety
 ///
 /// As nginx calls it.
-pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+pub unsafe extern "C" fn init_module<P: Protocol>(cycle: *mut ngx_cycle_t) -> ngx_int_t {
     guard("a reload", (), || {
         // SAFETY: the cycle is nginx's new one, and nobody else uses it yet.
         unsafe {
-            variables::look_for(cycle);
-            prepare(cycle);
+            P::configured(cycle);
+            prepare::<P>(cycle);
         }
-        if !APPLIER.load(Ordering::Relaxed).is_null() {
+        if !P::applier().load(Ordering::Relaxed).is_null() {
             // SAFETY: the cycle is nginx's new one; its configuration is complete.
             unsafe {
-                stop();
-                start(cycle);
+                stop::<P>();
+                start::<P>(cycle);
             }
         }
     });
@@ -82,13 +78,13 @@ pub unsafe extern "C" fn init_module(cycle: *mut ngx_cycle_t) -> ngx_int_t {
 /// # Safety
 ///
 /// `cycle` is complete, and in nobody else's hands.
-unsafe fn prepare(cycle: *mut ngx_cycle_t) {
+unsafe fn prepare<P: Protocol>(cycle: *mut ngx_cycle_t) {
     // SAFETY: the caller's promise; nginx writes the word before it reads a configuration.
     unsafe {
         if ngx_test_config != 0 {
             return;
         }
-        let Some(main) = ConsulUpstream::main_conf_mut(&*cycle) else { return };
+        let Some(main) = main_conf::<P>(cycle) else { return };
         let Some(path) = main.state_path().filter(|_| !main.upstreams.is_empty()) else { return };
         if let Err(err) = stored::make_directory(cycle, path) {
             let line = format_args!(
@@ -107,13 +103,13 @@ unsafe fn prepare(cycle: *mut ngx_cycle_t) {
 /// # Safety
 ///
 /// As nginx calls it.
-pub unsafe extern "C" fn recover(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+pub unsafe extern "C" fn recover<P: Protocol>(cycle: *mut ngx_cycle_t) -> ngx_int_t {
     guard("the recovery of a list", (), || {
         // SAFETY: the cycle is nginx's; the variables are written before this call.
         unsafe {
             failpoint::init();
             if ngx_process == NGX_PROCESS_WORKER as ngx_uint_t
-                && let Some(main) = main_conf(cycle).filter(|main| !main.upstreams.is_empty())
+                && let Some(main) = main_conf::<P>(cycle).filter(|main| !main.upstreams.is_empty())
             {
                 journal::recover_lists(main, ngx_worker);
             }
@@ -127,14 +123,14 @@ pub unsafe extern "C" fn recover(cycle: *mut ngx_cycle_t) -> ngx_int_t {
 /// # Safety
 ///
 /// As nginx calls it.
-pub unsafe extern "C" fn init_process(cycle: *mut ngx_cycle_t) -> ngx_int_t {
+pub unsafe extern "C" fn init_process<P: Protocol>(cycle: *mut ngx_cycle_t) -> ngx_int_t {
     guard("the start of a worker", (), || {
         // SAFETY: the cycle is nginx's; the variables are written before this call.
         unsafe {
             if ngx_process == NGX_PROCESS_WORKER as ngx_uint_t
                 || ngx_process == NGX_PROCESS_SINGLE as ngx_uint_t
             {
-                start(cycle);
+                start::<P>(cycle);
             }
         }
     });
@@ -147,12 +143,12 @@ pub unsafe extern "C" fn init_process(cycle: *mut ngx_cycle_t) -> ngx_int_t {
 /// # Safety
 ///
 /// As nginx calls it.
-pub unsafe extern "C" fn exit_process(cycle: *mut ngx_cycle_t) {
+pub unsafe extern "C" fn exit_process<P: Protocol>(cycle: *mut ngx_cycle_t) {
     guard("the end of a worker", (), || {
         // SAFETY: nginx's main thread; the cycle and its zones are there to the end.
         unsafe {
-            stop();
-            if let Some(main) = main_conf(cycle).filter(|main| !main.upstreams.is_empty()) {
+            stop::<P>();
+            if let Some(main) = main_conf::<P>(cycle).filter(|main| !main.upstreams.is_empty()) {
                 Shared::of(main).leave();
             }
         }
@@ -162,18 +158,18 @@ pub unsafe extern "C" fn exit_process(cycle: *mut ngx_cycle_t) {
 /// # Safety
 ///
 /// On nginx's main thread, in a worker or the single process, with a complete cycle.
-unsafe fn start(cycle: *mut ngx_cycle_t) {
+unsafe fn start<P: Protocol>(cycle: *mut ngx_cycle_t) {
     // SAFETY: nginx's main thread is the only one that runs this, and the cycle outlives the
     // applier: `stop` comes before its end.
     unsafe {
-        let Some(main) = main_conf(cycle) else { return };
+        let Some(main) = main_conf::<P>(cycle) else { return };
         if main.upstreams.is_empty() {
             return;
         }
         let shared = Shared::of(main);
         shared.enter(ngx_worker);
         for (number, upstream) in main.upstreams.iter().enumerate() {
-            if let Some(conf) = server_conf(upstream.nginx) {
+            if let Some(conf) = server_conf::<P>(upstream.nginx) {
                 (*conf).cost = Some(shared.cost(number));
             }
         }
@@ -184,7 +180,7 @@ unsafe fn start(cycle: *mut ngx_cycle_t) {
         match Applier::start(main) {
             Ok(applier) => {
                 let applier = Box::into_raw(applier);
-                APPLIER.store(applier, Ordering::Relaxed);
+                P::applier().store(applier, Ordering::Relaxed);
                 gate::wait_and_open(main, &mut *applier);
             }
             Err(err) => {
@@ -198,18 +194,10 @@ unsafe fn start(cycle: *mut ngx_cycle_t) {
 /// # Safety
 ///
 /// On nginx's main thread.
-unsafe fn stop() {
-    let applier = APPLIER.swap(ptr::null_mut(), Ordering::Relaxed);
+unsafe fn stop<P: Protocol>() {
+    let applier = P::applier().swap(ptr::null_mut(), Ordering::Relaxed);
     if !applier.is_null() {
         // SAFETY: `start` made it of a box, and nobody but this thread has it.
         drop(unsafe { Box::from_raw(applier) });
     }
-}
-
-/// # Safety
-///
-/// `cycle` is complete.
-unsafe fn main_conf(cycle: *mut ngx_cycle_t) -> Option<&'static MainConf> {
-    // SAFETY: a cycle without an http block has no configuration of ours, which is `None`.
-    unsafe { ConsulUpstream::main_conf(&*cycle) }
 }

@@ -5,11 +5,13 @@
 
 use core::sync::atomic::{AtomicU64, Ordering, fence};
 
+use nginx_peers::UpstreamAbi;
 use nginx_peers::crash::{Journal, Left, Step, recover};
-use nginx_sys::{NGX_LOG_WARN, ngx_http_upstream_rr_peers_t};
+use nginx_sys::NGX_LOG_WARN;
 
 use super::shared::{Shared, lives, own_pid};
 use crate::conf::MainConf;
+use crate::protocol::Protocol;
 use crate::{failpoint, log};
 
 /// Above the bits of the process: the locks are its own.
@@ -77,7 +79,7 @@ fn pid_bits(pid: i32) -> u64 {
 ///
 /// On the main thread of a worker that begins, before it takes a lock of a list; `main` belongs to
 /// its cycle and has upstreams.
-pub unsafe fn recover_lists(main: &MainConf, number: usize) {
+pub unsafe fn recover_lists<P: Protocol>(main: &MainConf<P>, number: usize) {
     // SAFETY: the caller's promise.
     let shared = unsafe { Shared::of(main) };
     let word = shared.edit.load(Ordering::SeqCst);
@@ -100,10 +102,7 @@ pub unsafe fn recover_lists(main: &MainConf, number: usize) {
     if let Some(upstream) = main.upstreams.get((word >> UPSTREAM) as usize) {
         // SAFETY: the list lies in its zone as long as the cycle; the process of the edit is dead,
         // and the word is ours.
-        let recovered = unsafe {
-            let primaries: *mut ngx_http_upstream_rr_peers_t = (*upstream.nginx).peer.data.cast();
-            recover(primaries, left)
-        };
+        let recovered = unsafe { recover(P::Upstream::peers(upstream.nginx), left) };
         if recovered {
             let name = &upstream.name;
             log::cycle(

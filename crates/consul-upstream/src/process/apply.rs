@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nginx_peers::list::Refused;
-use nginx_peers::{Change, Changed, List};
+use nginx_peers::{Change, Changed, List, PeersAbi, UpstreamAbi};
 use nginx_sys::{
     NGX_LOG_CRIT, NGX_LOG_DEBUG, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK,
     ngx_close_connection, ngx_connection_t, ngx_cycle, ngx_event_t, ngx_get_connection,
-    ngx_handle_read_event, ngx_http_upstream_rr_peers_t, ngx_int_t, ngx_msec_t,
+    ngx_handle_read_event, ngx_int_t, ngx_msec_t,
 };
 
 use super::board::Place;
@@ -29,6 +29,7 @@ use super::thread::Thread;
 use crate::conf::{self, MainConf};
 use crate::guard::guard;
 use crate::log;
+use crate::protocol::{Peers, Protocol};
 
 /// How many instances a line about a change names: nginx cuts lines at 2,048 bytes.
 const NAMED: usize = 8;
@@ -45,8 +46,8 @@ const REPEAT: Duration = Duration::from_secs(60);
 
 /// Everything that the first worker has for following Consul. Dropped, it leaves no thread, no
 /// descriptor and no timer behind.
-pub struct Applier {
-    upstreams: Vec<Upstream>,
+pub struct Applier<P: Protocol> {
+    upstreams: Vec<Upstream<P>>,
     handoff: Arc<Handoff>,
     /// The eventfd, as nginx's event loop sees it; null until it is added.
     connection: *mut ngx_connection_t,
@@ -61,10 +62,10 @@ pub struct Applier {
 }
 
 /// One upstream's list, and what happened to it.
-struct Upstream {
+struct Upstream<P: Protocol> {
     name: String,
     zone: String,
-    list: List<ngx_http_upstream_rr_peers_t>,
+    list: List<Peers<P>>,
     journal: journal::Note,
     /// All lines have had an answer.
     answered: bool,
@@ -85,14 +86,14 @@ struct Upstream {
     limit: u64,
 }
 
-impl Applier {
+impl<P: Protocol> Applier<P> {
     /// Starts the consul thread.
     ///
     /// # Safety
     ///
     /// On nginx's main thread, once the event loop can take connections; `main` and its upstreams
     /// outlive the value, and this process is the only one that edits their lists.
-    pub unsafe fn start(main: &'static MainConf) -> io::Result<Box<Self>> {
+    pub unsafe fn start(main: &'static MainConf<P>) -> io::Result<Box<Self>> {
         // SAFETY: the zone module has put the lists into their zones before any worker starts,
         // and each begins with the static servers that `conf::finish` has counted. Zero is valid
         // for an event.
@@ -164,7 +165,7 @@ impl Applier {
             (*connection).set_idle(1);
             let read = (*connection).read;
             (*read).log = log;
-            (*read).handler = Some(on_wake);
+            (*read).handler = Some(on_wake::<P>);
             (*read).set_channel(1);
             (*(*connection).write).log = log;
             if ngx_handle_read_event(read, 0) != NGX_OK as ngx_int_t {
@@ -173,14 +174,14 @@ impl Applier {
 
             self.retry.data = this.cast();
             self.retry.log = log;
-            self.retry.handler = Some(on_retry);
+            self.retry.handler = Some(on_retry::<P>);
             // A graceful exit does not wait for it.
             self.retry.set_cancelable(1);
 
             // But for this one, which is what it is there for.
             self.company.data = this.cast();
             self.company.log = log;
-            self.company.handler = Some(on_look);
+            self.company.handler = Some(on_look::<P>);
         }
         Ok(())
     }
@@ -291,7 +292,7 @@ impl Applier {
     }
 }
 
-impl Drop for Applier {
+impl<P: Protocol> Drop for Applier<P> {
     fn drop(&mut self) {
         // First: nobody writes to the eventfd after that.
         drop(self.thread.take());
@@ -312,13 +313,13 @@ impl Drop for Applier {
 /// # Safety
 ///
 /// As nginx calls it: an event of the connection of an [`Applier`] that is alive.
-unsafe extern "C" fn on_wake(event: *mut ngx_event_t) {
+unsafe extern "C" fn on_wake<P: Protocol>(event: *mut ngx_event_t) {
     guard("taking a change", (), || {
         // SAFETY: this function's own contract. A graceful exit calls it once with `close` set,
         // for all idle connections: ours stays, as long as requests are served.
         unsafe {
             let connection: *mut ngx_connection_t = (*event).data.cast();
-            let applier: *mut Applier = (*connection).data.cast();
+            let applier: *mut Applier<P> = (*connection).data.cast();
             if (*connection).close() != 0 {
                 (*applier).begin_exit();
             }
@@ -333,33 +334,33 @@ unsafe extern "C" fn on_wake(event: *mut ngx_event_t) {
 /// # Safety
 ///
 /// As nginx calls it: the timer of an [`Applier`] that is alive.
-unsafe extern "C" fn on_look(event: *mut ngx_event_t) {
+unsafe extern "C" fn on_look<P: Protocol>(event: *mut ngx_event_t) {
     // SAFETY: this function's own contract.
     guard("waiting for the others", (), || unsafe {
-        (*(*event).data.cast::<Applier>()).stay_for_the_others();
+        (*(*event).data.cast::<Applier<P>>()).stay_for_the_others();
     });
 }
 
 /// # Safety
 ///
 /// As nginx calls it: the timer of an [`Applier`] that is alive.
-unsafe extern "C" fn on_retry(event: *mut ngx_event_t) {
+unsafe extern "C" fn on_retry<P: Protocol>(event: *mut ngx_event_t) {
     // SAFETY: this function's own contract.
     guard("trying a change again", (), || unsafe {
-        (*(*event).data.cast::<Applier>()).retry_pending();
+        (*(*event).data.cast::<Applier<P>>()).retry_pending();
     });
 }
 
-impl Upstream {
+impl<P: Protocol> Upstream<P> {
     /// # Safety
     ///
     /// As [`Applier::start`].
-    unsafe fn new(conf: &conf::Upstream, shared: &'static Shared, number: usize) -> Self {
+    unsafe fn new(conf: &conf::Upstream<P>, shared: &'static Shared, number: usize) -> Self {
         // SAFETY: the caller's promise.
         let list = unsafe {
-            let primaries: *mut ngx_http_upstream_rr_peers_t = (*conf.nginx).peer.data.cast();
+            let primaries = P::Upstream::peers(conf.nginx);
             // A full zone is our line to write, with the size that would do.
-            (*(*primaries).shpool).set_log_nomem(0);
+            (*(*Peers::<P>::shpool(primaries))).set_log_nomem(0);
             List::new(primaries, conf.statics)
         };
         Self {

@@ -14,10 +14,7 @@ use super::clock::Moment;
 use super::cost::Cost;
 use crate::conf::MainConf;
 use crate::guard::guard;
-use crate::ngx_http_consul_upstream_module;
-
-/// The zone's name, which stands in nginx's logs.
-const NAME: &str = "consul_upstream";
+use crate::protocol::Protocol;
 
 /// nginx's `NGX_MAX_PROCESSES`.
 const PROCESSES: usize = 1024;
@@ -46,18 +43,21 @@ pub struct Shared {
 ///
 /// # Safety
 ///
-/// `cf` is the context of the http block, and `main` ours of it, complete.
-pub unsafe fn add(cf: *mut ngx_conf_t, main: &MainConf) -> Option<*mut ngx_shm_zone_t> {
+/// `cf` is the context of the block, and `main` ours of it, complete.
+pub unsafe fn add<P: Protocol>(
+    cf: *mut ngx_conf_t,
+    main: &MainConf<P>,
+) -> Option<*mut ngx_shm_zone_t> {
     // SAFETY: the name is static; nginx copies the rest. The tag is the module, as usual.
     unsafe {
-        let mut name = ngx_str_t { len: NAME.len(), data: NAME.as_ptr().cast_mut() };
+        let mut name = ngx_str_t { len: P::ZONE.len(), data: P::ZONE.as_ptr().cast_mut() };
         let size = size(main);
-        let tag = ptr::addr_of_mut!(ngx_http_consul_upstream_module).cast();
+        let tag = P::module().cast();
         let zone = ngx_shared_memory_add(cf, &mut name, size, tag);
         if zone.is_null() {
             return None;
         }
-        (*zone).init = Some(init);
+        (*zone).init = Some(init::<P>);
         // Until then: whom it is for.
         (*zone).data = ptr::from_ref(main).cast_mut().cast();
         // Every generation of workers has one of its own.
@@ -67,7 +67,7 @@ pub unsafe fn add(cf: *mut ngx_conf_t, main: &MainConf) -> Option<*mut ngx_shm_z
 }
 
 /// How large the zone has to be.
-fn size(main: &MainConf) -> usize {
+fn size<P: Protocol>(main: &MainConf<P>) -> usize {
     // SAFETY: nginx writes the word once, before all.
     let page = unsafe { ngx_pagesize };
     let pages = |bytes: usize| bytes.div_ceil(page);
@@ -79,7 +79,7 @@ fn size(main: &MainConf) -> usize {
 }
 
 /// How many bytes each record may have: of the upstreams, and of the thread.
-fn rooms(main: &MainConf) -> impl Iterator<Item = usize> {
+fn rooms<P: Protocol>(main: &MainConf<P>) -> impl Iterator<Item = usize> {
     let upstreams = main.upstreams.iter().map(|upstream| board::room(upstream.sources.len()));
     upstreams.chain([board::room(0)])
 }
@@ -88,14 +88,17 @@ fn rooms(main: &MainConf) -> impl Iterator<Item = usize> {
 ///
 /// As nginx calls it: the zone's memory is there. `old` is the data of the zone of this name in the
 /// configuration before, if that was this very module's, or null.
-unsafe extern "C" fn init(zone: *mut ngx_shm_zone_t, old: *mut core::ffi::c_void) -> ngx_int_t {
+unsafe extern "C" fn init<P: Protocol>(
+    zone: *mut ngx_shm_zone_t,
+    old: *mut core::ffi::c_void,
+) -> ngx_int_t {
     guard("the zone of the workers", NGX_ERROR as ngx_int_t, || {
         // SAFETY: the pool stands at the begin of the zone; zeroed memory is a closed gate. Until now
         // the data is what `add` has stored, a configuration that is complete; that of the old zone
         // is what this function has made of it, and its workers are there still.
         unsafe {
             let pool: *mut ngx_slab_pool_t = (*zone).shm.addr.cast();
-            let main = &*(*zone).data.cast::<MainConf>();
+            let main = &*(*zone).data.cast::<MainConf<P>>();
             let upstreams = main.upstreams.len();
             let shared: *mut Shared = ngx_slab_calloc(pool, size_of::<Shared>()).cast();
             let costs = ngx_slab_calloc(pool, costs(upstreams));
@@ -195,7 +198,7 @@ impl Shared {
     /// # Safety
     ///
     /// `main` belongs to a cycle whose zones are there, and has upstreams.
-    pub unsafe fn of(main: &MainConf) -> &Self {
+    pub unsafe fn of<P: Protocol>(main: &MainConf<P>) -> &Self {
         // SAFETY: `init` has made it, and the mapping lasts as long as the cycle.
         unsafe { &*(*main.shared.0).data.cast::<Self>() }
     }

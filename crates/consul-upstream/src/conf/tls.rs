@@ -10,6 +10,7 @@ use nginx_sys::{ngx_conf_t, ngx_str_t};
 
 use super::argument::{file, invalid, named, once, only, quoted, word};
 use super::{Fault, ServerConf};
+use crate::protocol::Protocol;
 
 /// What is set at one level.
 #[derive(Default)]
@@ -22,10 +23,10 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// The settings of an upstream: each its own, else the http block's, else the default.
-    pub fn merged(&self, http: &TlsSettings) -> Result<Tls, String> {
-        let certificate = self.certificate.as_ref().or(http.certificate.as_ref());
-        let key = self.key.as_ref().or(http.key.as_ref());
+    /// The settings of an upstream: each its own, else the block's, else the default.
+    pub fn merged(&self, block: &TlsSettings) -> Result<Tls, String> {
+        let certificate = self.certificate.as_ref().or(block.certificate.as_ref());
+        let key = self.key.as_ref().or(block.key.as_ref());
         let identity = match (certificate, key) {
             (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
             (None, None) => None,
@@ -43,15 +44,15 @@ impl TlsSettings {
             }
         };
         Ok(Tls {
-            trusted: self.trusted.as_ref().or(http.trusted.as_ref()).cloned(),
+            trusted: self.trusted.as_ref().or(block.trusted.as_ref()).cloned(),
             identity,
-            server_name: self.server_name.as_ref().or(http.server_name.as_ref()).cloned(),
-            verify: self.verify.or(http.verify).unwrap_or(true),
+            server_name: self.server_name.as_ref().or(block.server_name.as_ref()).cloned(),
+            verify: self.verify.or(block.verify).unwrap_or(true),
         })
     }
 }
 
-/// The settings that were found good: a thousand upstreams may share those of the http block.
+/// The settings that were found good: a thousand upstreams may share those of the block.
 #[derive(Default)]
 pub struct Checked(Vec<Tls>);
 
@@ -88,9 +89,9 @@ impl Checked {
 ///
 /// As for all handlers here: called by [`super::set`] with nginx's own `cf`, for a command whose
 /// configuration is a [`ServerConf`], which nobody else uses meanwhile.
-unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut TlsSettings {
+unsafe fn settings<'a, P: Protocol>(conf: *mut c_void) -> &'a mut TlsSettings {
     // SAFETY: the caller's promise.
-    unsafe { &mut (*conf.cast::<ServerConf>()).settings.tls }
+    unsafe { &mut (*conf.cast::<ServerConf<P>>()).settings.tls }
 }
 
 /// `consul_ssl_trusted_certificate FILE;`
@@ -98,13 +99,13 @@ unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut TlsSettings {
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn trusted_certificate(
+pub unsafe fn trusted_certificate<P: Protocol>(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
     // SAFETY: this function's own contract.
-    unsafe { once(&mut settings(conf).trusted, file(cf, args, "trusted certificate")?) }
+    unsafe { once(&mut settings::<P>(conf).trusted, file(cf, args, "trusted certificate")?) }
 }
 
 /// `consul_ssl_certificate FILE;`
@@ -112,13 +113,13 @@ pub unsafe fn trusted_certificate(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn certificate(
+pub unsafe fn certificate<P: Protocol>(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
     // SAFETY: this function's own contract.
-    unsafe { once(&mut settings(conf).certificate, file(cf, args, "certificate")?) }
+    unsafe { once(&mut settings::<P>(conf).certificate, file(cf, args, "certificate")?) }
 }
 
 /// `consul_ssl_certificate_key FILE;`
@@ -126,13 +127,13 @@ pub unsafe fn certificate(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn certificate_key(
+pub unsafe fn certificate_key<P: Protocol>(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
     // SAFETY: this function's own contract.
-    unsafe { once(&mut settings(conf).key, file(cf, args, "certificate key")?) }
+    unsafe { once(&mut settings::<P>(conf).key, file(cf, args, "certificate key")?) }
 }
 
 /// `consul_ssl_server_name NAME;`
@@ -140,7 +141,7 @@ pub unsafe fn certificate_key(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn server_name(
+pub unsafe fn server_name<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -152,7 +153,7 @@ pub unsafe fn server_name(
         .and_then(ServerName::new)
         .map_err(|err| format!("server name {} {err}", quoted(&value)))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).server_name }, name)
+    once(unsafe { &mut settings::<P>(conf).server_name }, name)
 }
 
 /// `consul_ssl_verify on|off;`
@@ -160,7 +161,7 @@ pub unsafe fn server_name(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn verify(
+pub unsafe fn verify<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -169,5 +170,5 @@ pub unsafe fn verify(
     let verify = word(&value, &[("on", true), ("off", false)])
         .ok_or_else(|| invalid(&value, ", it must be \"on\" or \"off\""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).verify }, verify)
+    once(unsafe { &mut settings::<P>(conf).verify }, verify)
 }

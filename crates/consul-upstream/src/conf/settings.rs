@@ -1,4 +1,4 @@
-//! How Consul is asked. Each directive may stand in the http block, and again in an upstream,
+//! How Consul is asked. Each directive may stand in the whole block, and again in an upstream,
 //! where it replaces the former.
 
 use core::ffi::c_void;
@@ -11,6 +11,7 @@ use nginx_sys::{ngx_conf_t, ngx_parse_size, ngx_str_t};
 use super::argument::{file, invalid, named, once, only, quoted, time, word};
 use super::tls::TlsSettings;
 use super::{Fault, ServerConf};
+use crate::protocol::Protocol;
 
 const ADDRESS: &str = "http://127.0.0.1:8500";
 const WAIT: Duration = Duration::from_secs(25);
@@ -34,18 +35,18 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The agents as an upstream asks them: with its own settings, else the http block's, else the
+    /// The agents as an upstream asks them: with its own settings, else the block's, else the
     /// defaults.
-    pub fn agents(&self, http: &Settings) -> Result<Agents, String> {
-        let addresses = self.addresses.as_ref().or(http.addresses.as_ref());
+    pub fn agents(&self, block: &Settings) -> Result<Agents, String> {
+        let addresses = self.addresses.as_ref().or(block.addresses.as_ref());
         Ok(Agents {
             addresses: addresses.cloned().unwrap_or_else(|| vec![default_address()]),
-            token: self.token.as_ref().or(http.token.as_ref()).cloned(),
-            tls: self.tls.merged(&http.tls)?,
-            consistency: self.consistency.or(http.consistency).unwrap_or_default(),
-            wait: self.wait.or(http.wait).unwrap_or(WAIT),
-            timeout: self.timeout.or(http.timeout).unwrap_or(TIMEOUT),
-            max_response: self.max_response.or(http.max_response).unwrap_or(MAX_RESPONSE),
+            token: self.token.as_ref().or(block.token.as_ref()).cloned(),
+            tls: self.tls.merged(&block.tls)?,
+            consistency: self.consistency.or(block.consistency).unwrap_or_default(),
+            wait: self.wait.or(block.wait).unwrap_or(WAIT),
+            timeout: self.timeout.or(block.timeout).unwrap_or(TIMEOUT),
+            max_response: self.max_response.or(block.max_response).unwrap_or(MAX_RESPONSE),
         })
     }
 }
@@ -58,9 +59,9 @@ fn default_address() -> Address {
 ///
 /// As for all handlers here: called by [`super::set`] for a command whose configuration is a
 /// [`ServerConf`], which nobody else uses meanwhile.
-unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut Settings {
+unsafe fn settings<'a, P: Protocol>(conf: *mut c_void) -> &'a mut Settings {
     // SAFETY: the caller's promise.
-    unsafe { &mut (*conf.cast::<ServerConf>()).settings }
+    unsafe { &mut (*conf.cast::<ServerConf<P>>()).settings }
 }
 
 /// `consul_address URL …;`
@@ -68,7 +69,7 @@ unsafe fn settings<'a>(conf: *mut c_void) -> &'a mut Settings {
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn address(
+pub unsafe fn address<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -82,7 +83,7 @@ pub unsafe fn address(
         addresses.push(address);
     }
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).addresses }, addresses)
+    once(unsafe { &mut settings::<P>(conf).addresses }, addresses)
 }
 
 fn parse(value: &ngx_str_t) -> Result<Address, String> {
@@ -103,7 +104,7 @@ fn parse(value: &ngx_str_t) -> Result<Address, String> {
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn token(
+pub unsafe fn token<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -111,7 +112,7 @@ pub unsafe fn token(
     // The token itself is in none of the texts.
     let secret = Secret::new(only(args).as_bytes()).map_err(|err| format!("the token {err}"))?;
     // SAFETY: this function's own contract.
-    unsafe { set_token(conf, Token::Fixed(secret)) }
+    unsafe { set_token::<P>(conf, Token::Fixed(secret)) }
 }
 
 /// `consul_token_file PATH;`
@@ -119,7 +120,7 @@ pub unsafe fn token(
 /// # Safety
 ///
 /// See [`settings`]; `cf` is nginx's.
-pub unsafe fn token_file(
+pub unsafe fn token_file<P: Protocol>(
     cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -130,15 +131,15 @@ pub unsafe fn token_file(
     let token = Token::File(file);
     token.secret().map_err(|err| format!("the token in {name} {err}"))?;
     // SAFETY: this function's own contract.
-    unsafe { set_token(conf, token) }
+    unsafe { set_token::<P>(conf, token) }
 }
 
 /// # Safety
 ///
 /// See [`settings`].
-unsafe fn set_token(conf: *mut c_void, token: Token) -> Result<(), Fault> {
+unsafe fn set_token<P: Protocol>(conf: *mut c_void, token: Token) -> Result<(), Fault> {
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).token }, token).map_err(|_| {
+    once(unsafe { &mut settings::<P>(conf).token }, token).map_err(|_| {
         "the token is set already, by \"consul_token\" or \"consul_token_file\"".into()
     })
 }
@@ -148,7 +149,7 @@ unsafe fn set_token(conf: *mut c_void, token: Token) -> Result<(), Fault> {
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn consistency(
+pub unsafe fn consistency<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -162,7 +163,7 @@ pub unsafe fn consistency(
     let consistency = word(&value, &words)
         .ok_or_else(|| invalid(&value, ", it must be \"default\", \"stale\" or \"consistent\""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).consistency }, consistency)
+    once(unsafe { &mut settings::<P>(conf).consistency }, consistency)
 }
 
 /// `consul_wait TIME;`
@@ -170,7 +171,7 @@ pub unsafe fn consistency(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn wait(
+pub unsafe fn wait<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -180,7 +181,7 @@ pub unsafe fn wait(
         .filter(|wait| WAITS.contains(wait))
         .ok_or_else(|| invalid(&value, ", it must be from 1s to 5m"))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).wait }, wait)
+    once(unsafe { &mut settings::<P>(conf).wait }, wait)
 }
 
 /// `consul_timeout TIME;`
@@ -188,7 +189,7 @@ pub unsafe fn wait(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn timeout(
+pub unsafe fn timeout<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -198,7 +199,7 @@ pub unsafe fn timeout(
         .filter(|timeout| !timeout.is_zero())
         .ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).timeout }, timeout)
+    once(unsafe { &mut settings::<P>(conf).timeout }, timeout)
 }
 
 /// `consul_max_response SIZE;`
@@ -206,7 +207,7 @@ pub unsafe fn timeout(
 /// # Safety
 ///
 /// See [`settings`].
-pub unsafe fn max_response(
+pub unsafe fn max_response<P: Protocol>(
     _cf: *mut ngx_conf_t,
     args: &[ngx_str_t],
     conf: *mut c_void,
@@ -217,5 +218,5 @@ pub unsafe fn max_response(
     let size =
         usize::try_from(size).ok().filter(|size| *size > 0).ok_or_else(|| invalid(&value, ""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings(conf).max_response }, size)
+    once(unsafe { &mut settings::<P>(conf).max_response }, size)
 }
