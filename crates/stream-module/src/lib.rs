@@ -1,0 +1,38 @@
+//! The module for TCP and UDP, thin as the one for http: the tables that nginx reads, and what stream
+//! has of its own ([`stream`]). All else is the crate consul-upstream.
+
+#[cfg(not(all(ngx_feature = "stream", ngx_feature = "stream_upstream_zone")))]
+compile_error!("nginx is configured without stream, or without zones in it: see --with-stream");
+
+use consul_upstream::conf;
+use nginx_sys::{NGX_STREAM_MODULE, ngx_command_t, ngx_stream_module_t};
+
+use self::stream::ConsulUpstream;
+
+mod stream;
+
+static CONTEXT: ngx_stream_module_t = ngx_stream_module_t {
+    postconfiguration: Some(conf::finish::<ConsulUpstream>),
+    create_main_conf: Some(conf::create_main::<ConsulUpstream>),
+    create_srv_conf: Some(conf::create_server::<ConsulUpstream>),
+    preconfiguration: None,
+    init_main_conf: None,
+    merge_srv_conf: None,
+};
+
+static mut COMMANDS: [ngx_command_t; 17] = conf::commands::<ConsulUpstream, 0, 17>([]);
+
+consul_upstream::tables!(
+    ConsulUpstream,
+    ngx_stream_consul_upstream_module(
+        c"ngx_stream_consul_upstream_module",
+        NGX_STREAM_MODULE,
+        CONTEXT,
+        COMMANDS
+    ),
+    ngx_stream_consul_upstream_recovery_module(
+        c"ngx_stream_consul_upstream_recovery_module",
+        "stream_consul_upstream_recovery"
+    ),
+    c"ngx_stream_upstream_zone_module",
+);
