@@ -73,7 +73,7 @@ fn serve(addr: &str, name: &str) -> Result<bool, String> {
 fn demo() -> Result<bool, String> {
     // All that may be missing, before anything is started.
     let (nginx, consul) = (paths::nginx()?, paths::consul()?);
-    paths::module()?;
+    paths::module(testbed::Protocol::Http)?;
 
     let mut stage = Stage::set()?;
     stage.introduce(&version(&nginx, "-v"), &version(&consul, "version"));

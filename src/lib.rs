@@ -6,7 +6,7 @@
 //! consul-watch, the peer list in shared memory that of nginx-peers.
 
 use consul_upstream::conf;
-use nginx_sys::{NGX_HTTP_MODULE, ngx_command_t, ngx_http_module_t};
+use nginx_sys::{NGX_HTTP_MODULE, NGX_OK, ngx_command_t, ngx_conf_t, ngx_http_module_t, ngx_int_t};
 
 use self::http::ConsulUpstream;
 
@@ -15,8 +15,10 @@ mod instances;
 mod status;
 mod variables;
 
+const OK: ngx_int_t = NGX_OK as ngx_int_t;
+
 static CONTEXT: ngx_http_module_t = ngx_http_module_t {
-    preconfiguration: Some(variables::add),
+    preconfiguration: Some(begin),
     postconfiguration: Some(conf::finish::<ConsulUpstream>),
     create_main_conf: Some(conf::create_main::<ConsulUpstream>),
     init_main_conf: None,
@@ -25,6 +27,19 @@ static CONTEXT: ngx_http_module_t = ngx_http_module_t {
     create_loc_conf: None,
     merge_loc_conf: None,
 };
+
+/// # Safety
+///
+/// As nginx calls it.
+unsafe extern "C" fn begin(cf: *mut ngx_conf_t) -> ngx_int_t {
+    // SAFETY: this function's own contract.
+    unsafe {
+        match conf::begin::<ConsulUpstream>(cf) {
+            OK => variables::add(cf),
+            error => error,
+        }
+    }
+}
 
 static mut COMMANDS: [ngx_command_t; 18] =
     conf::commands::<ConsulUpstream, 1, 18>([status::COMMAND]);

@@ -21,12 +21,12 @@ const NOT_CACHEABLE: usize = 2;
 
 const NAMES: [&str; 3] = ["consul_service_id", "consul_node", "consul_datacenter"];
 
-/// The module's `preconfiguration`.
+/// Adds them, before the block is read.
 ///
 /// # Safety
 ///
 /// `cf` is the context of the http block.
-pub unsafe extern "C" fn add(cf: *mut ngx_conf_t) -> ngx_int_t {
+pub unsafe fn add(cf: *mut ngx_conf_t) -> ngx_int_t {
     for (number, name) in NAMES.into_iter().enumerate() {
         let mut name = ngx_str_t { len: name.len(), data: name.as_ptr().cast_mut() };
         // SAFETY: this function's own contract; nginx copies the name.

@@ -13,9 +13,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde_json::json;
-use testbed::http::{self, Answer, Conn};
+use testbed::http::{Answer, Conn};
 use testbed::nginx::Builder;
-use testbed::{Backend, Consul, Dir, Load, Net, Nginx, Options, Report, Service, eventually};
+use testbed::{
+    Backend, Consul, Dir, Load, Net, Nginx, Options, Protocol, Report, Service, eventually,
+};
+
+use crate::common::{Serve, asking_of, met_anew};
 
 const CHANGES: usize = 50;
 
@@ -63,124 +67,126 @@ pub const METHODS: [&str; 7] = [
     "random two least_conn;",
 ];
 
-/// A test for each of them.
+/// Those of stream. A client of a test has one address, and many ports.
+pub const STREAM_METHODS: [&str; 6] = [
+    "",
+    "least_conn;",
+    "hash $remote_port;",
+    "hash $remote_port consistent;",
+    "random;",
+    "random two least_conn;",
+];
+
+/// A test for each of a protocol's.
 macro_rules! each_method {
-    ($run:expr) => {
-        #[test]
-        fn round_robin() {
-            $run(METHODS[0]);
-        }
+    (Http, $run:expr) => {
+        each_method!(
+            METHODS, $run, round_robin 0, least_conn 1, ip_hash 2, hash 3, hash_consistent 4,
+            random 5, random_two_least_conn 6
+        );
+    };
+    (Stream, $run:expr) => {
+        each_method!(
+            STREAM_METHODS, $run, round_robin 0, least_conn 1, hash 2, hash_consistent 3, random 4,
+            random_two_least_conn 5
+        );
+    };
+    ($methods:ident, $run:expr, $($name:ident $n:literal),*) => {
+        $(
+            #[test]
+            fn $name() {
+                $run(super::$methods[$n]);
+            }
+        )*
+    };
+}
 
-        #[test]
-        fn least_conn() {
-            $run(METHODS[1]);
-        }
-
-        #[test]
-        fn ip_hash() {
-            $run(METHODS[2]);
-        }
-
-        #[test]
-        fn hash() {
-            $run(METHODS[3]);
-        }
-
-        #[test]
-        fn hash_consistent() {
-            $run(METHODS[4]);
-        }
-
-        #[test]
-        fn random() {
-            $run(METHODS[5]);
-        }
-
-        #[test]
-        fn random_two_least_conn() {
-            $run(METHODS[6]);
-        }
+/// A test for each that knows backups.
+macro_rules! each_with_backups {
+    ($run:ident, $of:ident, $($name:ident $upstream:literal),*) => {
+        $(
+            #[test]
+            fn $name() {
+                super::$run(testbed::Protocol::$of, $upstream);
+            }
+        )*
     };
 }
 
 mod alone {
-    use super::METHODS;
-
-    each_method!(|method| super::through_changes(&format!("{method} consul_upstream web;")));
+    each_method!(Http, |method| super::through_changes(
+        super::Protocol::Http,
+        &format!("{method} consul_upstream web;")
+    ));
 }
 
 mod with_keepalive {
-    use super::METHODS;
-
-    each_method!(|method| super::through_changes(&format!(
-        "consul_upstream web; {method} keepalive 8;"
-    )));
+    each_method!(Http, |method| super::through_changes(
+        super::Protocol::Http,
+        &format!("consul_upstream web; {method} keepalive 8;")
+    ));
 }
 
 mod retrying {
-    use super::METHODS;
-
-    each_method!(|method| super::through_failures(&format!(
-        "{method} consul_upstream web max_fails=0;"
-    )));
+    each_method!(Http, |method| super::through_failures(
+        super::Protocol::Http,
+        &format!("{method} consul_upstream web max_fails=0;")
+    ));
 }
 
 mod retrying_with_keepalive {
-    use super::METHODS;
+    each_method!(Http, |method| super::through_failures(
+        super::Protocol::Http,
+        &format!("consul_upstream web max_fails=0; {method} keepalive 8;")
+    ));
+}
 
-    each_method!(|method| super::through_failures(&format!(
-        "consul_upstream web max_fails=0; {method} keepalive 8;"
-    )));
+mod of_stream {
+    each_method!(Stream, |method| super::through_changes(
+        super::Protocol::Stream,
+        &format!("{method} consul_upstream web;")
+    ));
+}
+
+mod of_stream_retrying {
+    each_method!(Stream, |method| super::through_failures(
+        super::Protocol::Stream,
+        &format!("{method} consul_upstream web max_fails=0;")
+    ));
 }
 
 /// Of the methods of 1.28 only these know backups.
 mod with_a_static_backup {
-    #[test]
-    fn round_robin() {
-        super::through_a_static_backup("");
-    }
-
-    #[test]
-    fn round_robin_and_keepalive() {
-        super::through_a_static_backup("keepalive 8;");
-    }
-
-    #[test]
-    fn least_conn() {
-        super::through_a_static_backup("least_conn;");
-    }
-
-    #[test]
-    fn least_conn_and_keepalive() {
-        super::through_a_static_backup("least_conn; keepalive 8;");
-    }
+    each_with_backups!(
+        through_a_static_backup, Http,
+        round_robin "", round_robin_and_keepalive "keepalive 8;",
+        least_conn "least_conn;", least_conn_and_keepalive "least_conn; keepalive 8;"
+    );
 }
 
 mod with_backups_from_consul {
-    #[test]
-    fn round_robin() {
-        super::through_backups_from_consul("");
-    }
+    each_with_backups!(
+        through_backups_from_consul, Http,
+        round_robin "", round_robin_and_keepalive "keepalive 8;",
+        least_conn "least_conn;", least_conn_and_keepalive "least_conn; keepalive 8;"
+    );
+}
 
-    #[test]
-    fn round_robin_and_keepalive() {
-        super::through_backups_from_consul("keepalive 8;");
-    }
+mod of_stream_with_a_static_backup {
+    each_with_backups!(
+        through_a_static_backup, Stream, round_robin "", least_conn "least_conn;"
+    );
+}
 
-    #[test]
-    fn least_conn() {
-        super::through_backups_from_consul("least_conn;");
-    }
-
-    #[test]
-    fn least_conn_and_keepalive() {
-        super::through_backups_from_consul("least_conn; keepalive 8;");
-    }
+mod of_stream_with_backups_from_consul {
+    each_with_backups!(
+        through_backups_from_consul, Stream, round_robin "", least_conn "least_conn;"
+    );
 }
 
 /// Six instances, of which one to six serve.
-fn through_changes(upstream: &str) {
-    let stage = Stage::set();
+fn through_changes(of: Protocol, upstream: &str) {
+    let stage = Stage::set(of);
     let mut pool = Pool::new(&stage, "web", 6, 1, Kind::Sound);
     let nginx = stage.nginx(upstream, NO_RETRY);
     let served = churn(&stage, &nginx, &mut [&mut pool]);
@@ -190,17 +196,29 @@ fn through_changes(upstream: &str) {
 
 /// Up to three instances that answer and up to three that take requests and drop them. At least
 /// one of each serves, so every request has somewhere to go, now or at a second try.
-fn through_failures(upstream: &str) {
-    let stage = Stage::set();
+fn through_failures(of: Protocol, upstream: &str) {
+    let stage = Stage::set(of);
     let mut sound = Pool::new(&stage, "web", 3, 1, Kind::Sound);
-    let mut faulty = Pool::new(&stage, "web", 3, 1, Kind::Faulty);
-    let nginx = stage.nginx(upstream, RETRY);
+    let kind = match of {
+        Protocol::Http => Kind::Faulty,
+        // A stream is passed on to a server that accepts it, whatever comes of that.
+        Protocol::Stream => Kind::Refusing,
+    };
+    let mut faulty = Pool::new(&stage, "web", 3, 1, kind);
+    let nginx = match of {
+        Protocol::Http => stage.nginx(upstream, RETRY),
+        Protocol::Stream => stage.nginx(upstream, ""),
+    };
     let served = churn(&stage, &nginx, &mut [&mut sound, &mut faulty]);
-    assert!(served.retried > 0, "nothing failed: {served}");
+    let retried = match of {
+        Protocol::Http => served.retried > 0,
+        Protocol::Stream => nginx.log_count("Connection refused") > 0,
+    };
+    assert!(retried, "nothing failed: {served}");
 }
 
-fn through_a_static_backup(method: &str) {
-    let stage = Stage::set();
+fn through_a_static_backup(of: Protocol, method: &str) {
+    let stage = Stage::set(of);
     let mut pool = Pool::new(&stage, "web", 3, 0, Kind::Sound);
     let backup = Backend::start(&stage.net, 60, "backup");
     let nginx = stage.nginx(
@@ -212,8 +230,8 @@ fn through_a_static_backup(method: &str) {
     backups_wait_for_their_turn(&stage, &nginx, pool, "backup");
 }
 
-fn through_backups_from_consul(method: &str) {
-    let stage = Stage::set();
+fn through_backups_from_consul(of: Protocol, method: &str) {
+    let stage = Stage::set(of);
     let mut primaries = Pool::new(&stage, "web", 3, 0, Kind::Sound);
     let mut backups = Pool::new(&stage, "spare", 3, 1, Kind::Sound);
     let nginx = stage.nginx(
@@ -228,8 +246,8 @@ fn through_backups_from_consul(method: &str) {
 /// Backups serve when there is no primary, and only then.
 fn backups_wait_for_their_turn(stage: &Stage, nginx: &Nginx, mut primaries: Pool, backup: &str) {
     let turn_of = |name: &str| {
-        let spread = http::spread(nginx.addr(), 40).unwrap();
-        assert!(spread.keys().all(|server| server.starts_with(name)), "not {name}: {spread:?}");
+        let met = met_anew(nginx.addr(), 20).unwrap();
+        assert!(met.iter().all(|server| server.starts_with(name)), "not {name}: {met:?}");
     };
     if primaries.is_empty() {
         primaries.grow(stage);
@@ -248,7 +266,7 @@ fn backups_wait_for_their_turn(stage: &Stage, nginx: &Nginx, mut primaries: Pool
 /// Changes each pool in turn while requests flow. Returns what became of all requests, none of
 /// which was lost.
 fn churn(stage: &Stage, nginx: &Nginx, pools: &mut [&mut Pool]) -> Report {
-    let traffic = Traffic::start(nginx);
+    let traffic = Traffic::start(nginx, stage.of);
     let mut unseen = VecDeque::new();
     thread::scope(|scope| {
         for n in 0..CHANGES {
@@ -272,34 +290,32 @@ fn churn(stage: &Stage, nginx: &Nginx, pools: &mut [&mut Pool]) -> Report {
     pools.iter().for_each(|pool| pool.wait_until_known_to(nginx));
     traffic.wait();
     let report = traffic.stop();
-    let both = BTreeSet::from_iter(nginx.worker_pids());
-    assert_eq!(report.workers, both, "the workers that served");
+    if stage.of == Protocol::Http {
+        let both = BTreeSet::from_iter(nginx.worker_pids());
+        assert_eq!(report.workers, both, "the workers that served");
+    }
     report
 }
 
 /// What every test has.
 struct Stage {
+    of: Protocol,
     net: Net,
     consul: Consul,
     dir: Dir,
 }
 
 impl Stage {
-    fn set() -> Stage {
+    fn set(of: Protocol) -> Stage {
         let (net, dir) = (Net::isolated(), Dir::new("balancers"));
         let consul = Consul::start(&net, &dir);
-        Stage { net, consul, dir }
+        Stage { of, net, consul, dir }
     }
 
-    fn nginx(&self, upstream: &str, http: &str) -> Nginx {
-        Nginx::builder(&self.net, &self.dir)
-            .workers(2)
-            .http(format!("consul_address {};", self.consul.url()))
-            .http(CLIENTS)
-            .http(http)
-            .http(format!("upstream app {{ zone app 256k; {upstream} }}"))
-            .server("app")
-            .start()
+    fn nginx(&self, upstream: &str, directives: &str) -> Nginx {
+        let conf = asking_of(self.of, &self.net, &self.dir, &self.consul.url()).workers(2);
+        let conf = if self.of == Protocol::Http { conf.http(CLIENTS) } else { conf };
+        conf.block(self.of, directives).upstream_of(self.of, "app", upstream).start()
     }
 
     /// An nginx with an upstream, and a server, for each of these methods.
@@ -331,7 +347,8 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn start(nginx: &Nginx) -> Traffic {
+    /// Of a stream each connection goes to one server: there all open one for each request.
+    fn start(nginx: &Nginx, of: Protocol) -> Traffic {
         let load = |client: u64, options: Options| {
             let options = options
                 .connections(2)
@@ -339,7 +356,10 @@ impl Traffic {
                 .header("X-Real-IP", &format!("10.0.{client}.1"));
             Load::start(nginx.addr(), &options)
         };
-        let keeping = Options::default().pause(PAUSE);
+        let keeping = match of {
+            Protocol::Http => Options::default().pause(PAUSE),
+            Protocol::Stream => Options::default().pause(PAUSE_IF_NEW).keepalive(false),
+        };
         let opening = Options::default().pause(PAUSE_IF_NEW).keepalive(false);
         Traffic {
             keeping: (0..3).map(|client| load(client, keeping.clone())).collect(),
@@ -389,6 +409,8 @@ struct Pool {
 enum Kind {
     Sound,
     Faulty,
+    /// Nobody listens.
+    Refusing,
 }
 
 struct Instance {
@@ -406,6 +428,7 @@ enum Changed {
 enum Server {
     Sound { _backend: Backend },
     Faulty { _faulty: Faulty },
+    None,
 }
 
 impl Pool {
@@ -446,6 +469,7 @@ impl Pool {
         let kind = match self.kind {
             Kind::Sound => "sound",
             Kind::Faulty => "faulty",
+            Kind::Refusing => "refusing",
         };
         // The service ID stays a slot's; name and address are new each time, so that an answer
         // and a line in the log tell which one it was.
@@ -460,6 +484,9 @@ impl Pool {
             Kind::Faulty => {
                 let faulty = Faulty::start((stage.net.ip(40 + slot as u8), stage.net.port()));
                 (faulty.addr, Server::Faulty { _faulty: faulty })
+            }
+            Kind::Refusing => {
+                ((stage.net.ip(40 + slot as u8), stage.net.port()).into(), Server::None)
             }
         };
         stage.consul.register(&Service::new(self.service, &id, addr));
@@ -566,7 +593,7 @@ impl Drop for Faulty {
 #[test]
 fn a_lone_instance_that_fails_is_made_up_for_by_the_next() {
     for stays in [true, false] {
-        let stage = Stage::set();
+        let stage = Stage::set(Protocol::Http);
         let listener = TcpListener::bind((stage.net.ip(40), stage.net.port())).unwrap();
         listener.set_nonblocking(true).unwrap();
         let lone = listener.local_addr().unwrap();
@@ -609,7 +636,7 @@ const BY_PLACE: [&str; 3] = ["ip_hash;", "hash $arg_key;", "hash $arg_key consis
 /// in the order of node and service ID, after the static servers.
 #[test]
 fn hashes_agree_whatever_the_order_of_registration() {
-    let stage = Stage::set();
+    let stage = Stage::set(Protocol::Http);
     let other = Consul::builder(&stage.net, &stage.dir).host(&stage.net, 11).node("n2").start();
     let first = Backend::start(&stage.net, 30, "static");
     // By node, then by ID: neither the order of the IDs alone nor that of the addresses.

@@ -8,7 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use testbed::http::{self, Conn};
-use testbed::{Backend, Consul, Dir, Net, Nginx, Options, Service, consul, eventually, nginx};
+use testbed::{
+    Backend, Consul, Dir, Net, Nginx, Options, Protocol, Service, consul, eventually, nginx,
+};
 
 /// How long anything may take that is waited for. The slowest are checks of Consul's, which run
 /// once a second, and questions after errors, which are seconds apart.
@@ -41,6 +43,11 @@ impl Stage {
         asking(&self.net, &self.dir, &self.consul.url())
     }
 
+    /// The same, in the block of a protocol.
+    pub fn nginx_of(&self, of: Protocol) -> nginx::Builder {
+        asking_of(of, &self.net, &self.dir, &self.consul.url())
+    }
+
     /// Instances of the service `web`, not registered yet.
     pub fn web<const N: usize>(&self) -> [Instance; N] {
         web(&self.net)
@@ -54,18 +61,30 @@ impl Stage {
 
 /// An nginx that asks the Consul at `url`.
 pub fn asking(net: &Net, dir: &Dir, url: &str) -> nginx::Builder {
-    Nginx::builder(net, dir).http(format!("consul_address {url};"))
+    asking_of(Protocol::Http, net, dir, url)
+}
+
+/// The same, in the block of a protocol.
+pub fn asking_of(of: Protocol, net: &Net, dir: &Dir, url: &str) -> nginx::Builder {
+    Nginx::builder(net, dir).block(of, format!("consul_address {url};"))
 }
 
 /// An upstream with a zone, and a server that passes everything to it.
-pub trait Serve {
+pub trait Serve: Sized {
     #[must_use]
-    fn upstream(self, name: &str, directives: &str) -> Self;
+    fn upstream(self, name: &str, directives: &str) -> Self {
+        self.upstream_of(Protocol::Http, name, directives)
+    }
+
+    /// The same, in the block of a protocol.
+    #[must_use]
+    fn upstream_of(self, of: Protocol, name: &str, directives: &str) -> Self;
 }
 
 impl Serve for nginx::Builder {
-    fn upstream(self, name: &str, directives: &str) -> Self {
-        self.http(format!("upstream {name} {{\nzone {name} 256k;\n{directives}\n}}")).server(name)
+    fn upstream_of(self, of: Protocol, name: &str, directives: &str) -> Self {
+        self.block(of, format!("upstream {name} {{\nzone {name} 256k;\n{directives}\n}}"))
+            .server_of(of, name)
     }
 }
 
@@ -202,7 +221,36 @@ pub fn serves(addr: SocketAddr, expected: &[&str]) {
     });
 }
 
+/// What the next requests meet, each on a connection of its own: that is how those meet several servers
+/// that nginx passes on as a stream.
+pub fn met_anew(addr: SocketAddr, requests: usize) -> io::Result<BTreeSet<String>> {
+    let mut met = BTreeSet::new();
+    for _ in 0..requests {
+        met.insert(match http::get(addr, "/") {
+            Ok(answer) => answer.backend().to_owned(),
+            // nginx has accepted it, and has nobody to pass it to.
+            Err(_) => "nobody".to_owned(),
+        });
+    }
+    Ok(met)
+}
+
+/// Waits until such requests meet these backends, all of them and no others.
+#[track_caller]
+pub fn serves_anew(addr: SocketAddr, expected: &[&str]) {
+    watch(&format!("{addr} serves {expected:?}"), || {
+        let met = met_anew(addr, enough(expected)).map_err(text)?;
+        if met == names(expected) { Ok(()) } else { Err(format!("{met:?}")) }
+    });
+}
+
 /// The same, now.
+#[track_caller]
+pub fn serves_anew_now(addr: SocketAddr, expected: &[&str]) {
+    assert_eq!(met_anew(addr, enough(expected)).unwrap(), names(expected));
+}
+
+/// Requests on one connection meet them now.
 #[track_caller]
 pub fn serves_now(addr: SocketAddr, expected: &[&str]) {
     let met = met(&mut Conn::open(addr).unwrap(), enough(expected)).unwrap();

@@ -688,7 +688,7 @@ impl Apart {
 
     /// Writes the configuration; the prefix is relative, as in `nginx -p nginx`.
     fn command(&self, main: &str, http: &str) -> Command {
-        let module = testbed::paths::module().unwrap();
+        let module = testbed::paths::module(testbed::Protocol::Http).unwrap();
         let builder = Nginx::builder(&self.net, &self.dir)
             .module(false)
             .main(format!("load_module {};", module.display()))

@@ -14,8 +14,8 @@ use consul_watch::Agents;
 use nginx_peers::InitPeer;
 use nginx_peers::list::Statics;
 use nginx_sys::{
-    NGX_CONF_1MORE, NGX_CONF_TAKE1, NGX_LOG_EMERG, ngx_command_t, ngx_conf_t, ngx_shm_zone_t,
-    ngx_str_t, ngx_uint_t, sockaddr,
+    NGX_CONF_1MORE, NGX_CONF_TAKE1, NGX_ERROR, NGX_LOG_EMERG, NGX_OK, ngx_command_t, ngx_conf_t,
+    ngx_int_t, ngx_shm_zone_t, ngx_str_t, ngx_uint_t, sockaddr,
 };
 use ngx::core::{NGX_CONF_ERROR, NGX_CONF_OK, Pool};
 
@@ -26,7 +26,7 @@ use crate::carry::Heir;
 use crate::guard::guard;
 use crate::log;
 use crate::process::Cost;
-use crate::protocol::Protocol;
+use crate::protocol::{Protocol, main_conf_of, shared_conf_of};
 
 pub mod argument;
 mod filter;
@@ -48,6 +48,8 @@ pub struct MainConf<P: Protocol> {
     max_connections: Option<usize>,
     /// An absolute path; inside, none is `off`.
     state_path: Option<Option<PathBuf>>,
+    /// What is set for all upstreams.
+    block: *const ServerConf<P>,
     /// The upstreams with a `consul_upstream`, in the configuration's order.
     pub upstreams: Vec<Upstream<P>>,
     /// The zone of what the workers share; null without such an upstream.
@@ -63,6 +65,7 @@ impl<P: Protocol> Default for MainConf<P> {
             start_timeout: None,
             max_connections: None,
             state_path: None,
+            block: ptr::null(),
             upstreams: Vec::new(),
             shared: SharedZone(ptr::null_mut()),
         }
@@ -163,6 +166,21 @@ pub unsafe extern "C" fn create_main<P: Protocol>(cf: *mut ngx_conf_t) -> *mut c
 pub unsafe extern "C" fn create_server<P: Protocol>(cf: *mut ngx_conf_t) -> *mut c_void {
     // SAFETY: this function's own contract.
     unsafe { create(cf, ServerConf::<P>::default()) }
+}
+
+/// Before a block is read: finds what is set for all upstreams. When stream's block is known, nginx has
+/// put the configuration of its last server in that place.
+///
+/// # Safety
+///
+/// As nginx calls it, as `preconfiguration`.
+pub unsafe extern "C" fn begin<P: Protocol>(cf: *mut ngx_conf_t) -> ngx_int_t {
+    // SAFETY: the context is the block's, whose configurations are made.
+    unsafe {
+        let Some(main) = main_conf_of::<P>((*cf).ctx) else { return NGX_ERROR as ngx_int_t };
+        main.block = shared_conf_of::<P>((*cf).ctx);
+    }
+    NGX_OK as ngx_int_t
 }
 
 /// # Safety

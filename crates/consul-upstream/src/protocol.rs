@@ -135,14 +135,14 @@ pub unsafe fn main_conf_of<'a, P: Protocol>(context: *mut c_void) -> Option<&'a 
     unsafe { conf::<P>(context, P::MAIN_OFFSET).cast::<MainConf<P>>().as_mut() }
 }
 
-/// What is set for all upstreams.
+/// What is set for all upstreams, as long as no part of the block has been read.
 ///
 /// # Safety
 ///
 /// As [`main_conf_of`].
-pub unsafe fn shared_conf_of<'a, P: Protocol>(context: *mut c_void) -> Option<&'a ServerConf<P>> {
+pub unsafe fn shared_conf_of<P: Protocol>(context: *mut c_void) -> *mut ServerConf<P> {
     // SAFETY: the caller's promise.
-    unsafe { conf::<P>(context, P::SERVER_OFFSET).cast::<ServerConf<P>>().as_ref() }
+    unsafe { conf::<P>(context, P::SERVER_OFFSET).cast() }
 }
 
 /// Our configuration of all upstreams in a cycle; none without a block of the protocol.

@@ -12,10 +12,10 @@ use self::stream::ConsulUpstream;
 mod stream;
 
 static CONTEXT: ngx_stream_module_t = ngx_stream_module_t {
+    preconfiguration: Some(conf::begin::<ConsulUpstream>),
     postconfiguration: Some(conf::finish::<ConsulUpstream>),
     create_main_conf: Some(conf::create_main::<ConsulUpstream>),
     create_srv_conf: Some(conf::create_server::<ConsulUpstream>),
-    preconfiguration: None,
     init_main_conf: None,
     merge_srv_conf: None,
 };

@@ -52,6 +52,7 @@ pub use eventually::{Attempt, eventually};
 pub use load::{Load, Options, Report};
 pub use net::Net;
 pub use nginx::Nginx;
+pub use paths::Protocol;
 pub use relay::Relay;
 pub use runtime::wait_for_ctrl_c;
 pub use rustix::process::Signal;

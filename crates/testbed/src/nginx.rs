@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::dir::{read_lossy, tail};
 use crate::eventually::within;
-use crate::{Dir, Net, Process, eventually, paths, processes};
+use crate::{Dir, Net, Process, Protocol, eventually, paths, processes};
 
 pub use self::daemon::Daemon;
 
@@ -48,6 +48,7 @@ pub struct Builder {
     workers: usize,
     main: Vec<String>,
     http: Vec<String>,
+    stream: Vec<String>,
     listens: Vec<SocketAddr>,
     text: Option<String>,
 }
@@ -66,6 +67,7 @@ impl Nginx {
             workers: 1,
             main: Vec::new(),
             http: Vec::new(),
+            stream: Vec::new(),
             listens: Vec::new(),
             text: None,
         }
@@ -137,7 +139,7 @@ impl Nginx {
         self.builder.run_config_test("nginx.conf")
     }
 
-    /// Arms a failpoint of the module: see `src/failpoint.rs`.
+    /// Arms a failpoint of the module: see the crate consul-upstream.
     pub fn arm(&self, name: &str) {
         let directory = self.builder.prefix().join("failpoints");
         fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
@@ -302,6 +304,35 @@ impl Builder {
         self
     }
 
+    /// Raw text in `stream {}`, which is there when it has some. The module for it is loaded then.
+    #[must_use]
+    pub fn stream(mut self, text: impl Into<String>) -> Builder {
+        self.stream.push(text.into());
+        self
+    }
+
+    /// Raw text in the block of a protocol.
+    #[must_use]
+    pub fn block(self, of: Protocol, text: impl Into<String>) -> Builder {
+        match of {
+            Protocol::Http => self.http(text),
+            Protocol::Stream => self.stream(text),
+        }
+    }
+
+    /// A server of a protocol on an address of its own that passes everything to this upstream.
+    #[must_use]
+    pub fn server_of(self, of: Protocol, upstream: &str) -> Builder {
+        match of {
+            Protocol::Http => self.server(upstream),
+            Protocol::Stream => {
+                let addr = (self.net.ip(1), self.net.port()).into();
+                self.listen(addr)
+                    .stream(format!("server {{ listen {addr} reuseport; proxy_pass {upstream}; }}"))
+            }
+        }
+    }
+
     /// Takes back what [`Builder::http`] and the servers have put into `http {}`. Where servers
     /// listened stays known.
     #[must_use]
@@ -450,8 +481,13 @@ impl Builder {
             // reach what is in the directory.
             line("user root;");
         }
-        if self.module {
-            line(&format!("load_module modules/{};", paths::MODULE_NAME));
+        if !self.stream.is_empty()
+            && let Ok(Some(module)) = paths::nginx_stream()
+        {
+            line(&format!("load_module {};", module.display()));
+        }
+        for of in self.modules() {
+            line(&format!("load_module modules/{};", of.module_name()));
         }
         line(&format!("worker_processes {};", self.workers));
         if self.single_process {
@@ -468,7 +504,21 @@ impl Builder {
         }
         self.http.iter().for_each(|text| line(text));
         line("}");
+        if !self.stream.is_empty() {
+            line("stream {");
+            self.stream.iter().for_each(|text| line(text));
+            line("}");
+        }
         conf
+    }
+
+    /// Whose modules are loaded: stream's where there is something in its block, and http's but where
+    /// there is nothing in its block alone.
+    fn modules(&self) -> impl Iterator<Item = Protocol> {
+        let stream = !self.stream.is_empty();
+        let wanted =
+            [(Protocol::Http, !stream || !self.http.is_empty()), (Protocol::Stream, stream)];
+        wanted.into_iter().filter_map(|(of, wanted)| (wanted && self.module).then_some(of))
     }
 
     /// nginx's own directory.
@@ -490,12 +540,16 @@ impl Builder {
             link(&self.log_path(), &prefix.join("error.log"))
         };
         prepared().map_err(|e| format!("{}: {e}", prefix.display()))?;
-        match if self.failpoints { paths::failpoints() } else { paths::module() } {
-            Ok(module) => link(&module, &modules.join(paths::MODULE_NAME))
-                .map_err(|e| format!("{}: {e}", modules.display())),
-            Err(error) if self.module => Err(error),
-            Err(_) => Ok(()),
+        let find = if self.failpoints { paths::failpoints } else { paths::module };
+        for of in [Protocol::Http, Protocol::Stream] {
+            match find(of) {
+                Ok(module) => link(&module, &modules.join(of.module_name()))
+                    .map_err(|e| format!("{}: {e}", modules.display()))?,
+                Err(error) if self.modules().any(|wanted| wanted == of) => return Err(error),
+                Err(_) => {}
+            }
         }
+        Ok(())
     }
 
     fn write(&self) -> Result<(), String> {

@@ -7,14 +7,35 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// The file that the build makes of the module.
-pub const MODULE_FILE: &str = "libngx_http_consul_upstream_module.so";
+/// The protocols of nginx that there is a module for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Http,
+    /// TCP and UDP.
+    Stream,
+}
 
-/// The file that it makes of the module with failpoints.
-pub const FAILPOINTS_FILE: &str = "libngx_http_consul_upstream_failpoints.so";
+impl Protocol {
+    /// The name of its block in a configuration.
+    pub fn block(self) -> &'static str {
+        match self {
+            Protocol::Http => "http",
+            Protocol::Stream => "stream",
+        }
+    }
 
-/// The name under which packages and configurations know the module.
-pub const MODULE_NAME: &str = "ngx_http_consul_upstream_module.so";
+    /// The name under which packages and configurations know its module.
+    pub fn module_name(self) -> String {
+        format!("ngx_{}_consul_upstream_module.so", self.block())
+    }
+
+    fn variable(self, http: &'static str, stream: &'static str) -> &'static str {
+        match self {
+            Protocol::Http => http,
+            Protocol::Stream => stream,
+        }
+    }
+}
 
 /// Cargo's target directory, in which this executable is.
 pub fn build_dir() -> &'static Path {
@@ -43,14 +64,21 @@ fn profile_dir() -> PathBuf {
     }
 }
 
-/// The module: `MODULE_SO`, else this build's.
-pub fn module() -> Result<PathBuf, String> {
-    built(MODULE_FILE, "MODULE_SO")
+/// The module: `MODULE_SO` or `STREAM_MODULE_SO`, else this build's.
+pub fn module(of: Protocol) -> Result<PathBuf, String> {
+    let file = format!("lib{}", of.module_name());
+    built(&file, of.variable("MODULE_SO", "STREAM_MODULE_SO"))
 }
 
-/// The module with failpoints: `FAILPOINTS_SO`, else this build's.
-pub fn failpoints() -> Result<PathBuf, String> {
-    built(FAILPOINTS_FILE, "FAILPOINTS_SO")
+/// The module with failpoints: `FAILPOINTS_SO` or `STREAM_FAILPOINTS_SO`, else this build's.
+pub fn failpoints(of: Protocol) -> Result<PathBuf, String> {
+    let file = format!("libngx_{}_consul_upstream_failpoints.so", of.block());
+    built(&file, of.variable("FAILPOINTS_SO", "STREAM_FAILPOINTS_SO"))
+}
+
+/// nginx's own stream module, where it is not built in: `NGINX_STREAM_SO`.
+pub fn nginx_stream() -> Result<Option<PathBuf>, String> {
+    from_env("NGINX_STREAM_SO")
 }
 
 fn built(file: &str, variable: &str) -> Result<PathBuf, String> {

@@ -16,7 +16,7 @@ use super::tls::Checked;
 use super::{ServerConf, Upstream, main};
 use crate::carry::Heir;
 use crate::guard::guard;
-use crate::protocol::{Peer, Peers, Protocol, main_conf_of, shared_conf_of};
+use crate::protocol::{Peer, Peers, Protocol, main_conf_of};
 use crate::{balance, log, process};
 
 /// The module's `postconfiguration`.
@@ -46,8 +46,8 @@ unsafe fn all<P: Protocol>(cf: *mut ngx_conf_t) -> Result<(), String> {
     // has a block (`srv_conf` is null for those that a `proxy_pass` implies); nobody else uses
     // them meanwhile.
     unsafe {
-        let shared = shared_conf_of::<P>((*cf).ctx).ok_or("no configuration")?;
         let main = main_conf_of::<P>((*cf).ctx).ok_or("no configuration")?;
+        let shared = main.block.as_ref().ok_or("no configuration")?;
         let upstreams = *conf_of::<P>(cf, P::MAIN_OFFSET);
         let mut checked = Checked::default();
         for nginx in P::Upstream::all(upstreams) {
