@@ -76,11 +76,18 @@ pub struct Peers {
     /// When it was taken.
     clocks: Clocks,
     now: i64,
-    /// What its sources are, by the number in their peers' labels: number, datacenter.
-    sources: HashMap<u64, (u32, Option<String>)>,
+    /// What its sources are, by the number in their peers' labels.
+    sources: HashMap<u64, Source>,
     marks: HashMap<(String, String), Mark>,
     /// Peers without a mark may be anything.
     more_marks: bool,
+}
+
+/// A `consul_upstream` line.
+struct Source {
+    number: u32,
+    service: &'static str,
+    datacenter: Option<String>,
 }
 
 impl Peers {
@@ -98,20 +105,17 @@ impl Peers {
     }
 
     fn instance<'a>(&'a self, label: &nginx_peers::Label, added: Option<Moment>) -> Instance<'a> {
-        let (source, datacenter) = match self.sources.get(&label.source()) {
-            Some((number, datacenter)) => (Some(*number), datacenter.as_deref()),
-            None => (None, None),
-        };
+        let source = self.sources.get(&label.source());
         let mark = self.marks.get(&(label.node().to_owned(), label.id().to_owned()));
         let status = match mark {
             Some(mark) => at(Status::ALL, mark.status),
             None => (!self.more_marks).then_some(Status::Passing),
         };
         Instance {
-            source,
+            source: source.map(|source| source.number),
             service_id: label.id().to_owned().into(),
             node: label.node().to_owned().into(),
-            datacenter: datacenter.map(Into::into),
+            datacenter: source.and_then(|source| source.datacenter.as_deref()).map(Into::into),
             status,
             kept_by: mark.and_then(|mark| at(KeptBy::ALL, mark.kept_by?)),
             since: added.map(|added| self.clocks.time(added)),
@@ -134,7 +138,8 @@ impl Rows for Peers {
             .map(|(number, source)| {
                 let key = source_of(conf, source);
                 let heard = heard.iter().find(|heard| heard.key == key);
-                (key, (number, heard.and_then(|heard| heard.datacenter.clone())))
+                let datacenter = heard.and_then(|heard| heard.datacenter.clone());
+                (key, Source { number, service: source.query.service(), datacenter })
             })
             .collect();
         self.more_marks = more_marks;
@@ -167,10 +172,12 @@ impl Rows for Peers {
             header_time_total: it.header_time_total,
             response_time_total: it.response_time_total,
         });
+        let source = label.as_ref().and_then(|label| self.sources.get(&label.source()));
         Peer {
             id: counted.map(|it| it.id),
             server: name.into(),
-            name: server.into(),
+            // What stands in the list is its address once more: balancers go by that text.
+            name: source.map_or_else(|| server.into(), |source| source.service.into()),
             backup: numbers.backup,
             weight: numbers.weight,
             effective_weight: numbers.effective_weight,

@@ -714,6 +714,72 @@ fn hashes_agree_whatever_the_order_of_registration() {
     assert_eq!(turn, expected);
 }
 
+/// With `hash ... consistent` a key stays with its instance: in all workers, and in an nginx that has
+/// the same addresses in its configuration. When one leaves only its own keys move, and when it is
+/// back so are they.
+#[test]
+fn a_key_stays_with_its_instance() {
+    let stage = Stage::set();
+    let backends: Vec<Backend> =
+        (1..=5).map(|n| Backend::start(&stage.net, 20 + n, &format!("web-{n}"))).collect();
+    let services: Vec<Service> = (1..)
+        .zip(&backends)
+        .map(|(n, backend)| Service::new("web", &format!("web-{n}"), backend.addr()))
+        .collect();
+    stage.consul.register_all(&services);
+    let method = "hash $arg_key consistent;";
+    let nginx = stage.nginx(&format!("{method} consul_upstream web;"), "");
+    let stock = |name: &str, backends: &[Backend]| {
+        let servers: String =
+            backends.iter().map(|backend| format!("server {};", backend.addr())).collect();
+        Nginx::builder(&stage.net, &stage.dir)
+            .name(name)
+            .module(false)
+            .workers(1)
+            .http(format!("upstream app {{ zone app 256k; {method} {servers} }}"))
+            .server("app")
+            .start()
+    };
+
+    let all = choices(&stock("all", &backends));
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), backends.len(), "{all:?}");
+    nginx.wait_log("5 of 5 instances serve", 1, PATIENCE);
+    assert_eq!(choices(&nginx), all);
+
+    let without = choices(&stock("without", &backends[1..]));
+    stage.consul.deregister("web-1");
+    nginx.wait_log(&sign_of('-', backends[0].addr()), 1, PATIENCE);
+    assert_eq!(choices(&nginx), without);
+    for (before, after) in all.iter().zip(&without) {
+        assert!(before == after || before == "web-1", "{before} has lost a key to {after}");
+    }
+
+    stage.consul.register(&services[0]);
+    nginx.wait_log(&sign_of('+', backends[0].addr()), 2, PATIENCE);
+    assert_eq!(choices(&nginx), all);
+}
+
+/// Where each of a hundred keys goes, which is the same in all workers, the second time as well.
+fn choices(nginx: &Nginx) -> Vec<String> {
+    let mut seen = Vec::new();
+    for (worker, mut conn) in http::worker_conns(nginx.addr(), nginx.worker_pids()).unwrap() {
+        for time in 1..=2 {
+            let choice = |key| {
+                let answer = ask(&mut conn, key).unwrap();
+                assert_eq!(answer.status, 200);
+                answer.backend().to_owned()
+            };
+            let chosen: Vec<String> = (0..100).map(choice).collect();
+            if seen.is_empty() {
+                seen = chosen;
+            } else {
+                assert_eq!(chosen, seen, "worker {worker}, time {time}");
+            }
+        }
+    }
+    seen
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
     Add(usize),

@@ -20,7 +20,7 @@ use crate::meter::{Counted, Meter};
 use crate::spec::{Attributes, Spec};
 use crate::zone::{self, Fresh, Full};
 
-/// The room for the texts of a peer, most times: the name of the service, and the label.
+/// The room for the label of a peer, most times.
 const TEXT: usize = 96;
 
 /// How often a copy is begun that had too little room; each time it has twice as much for a text.
@@ -69,9 +69,8 @@ struct Raw {
     history: History,
     counted: Option<Counted>,
     backup: bool,
-    /// Where the text of the server begins among the texts, how long it is, and where the label
-    /// behind it may end.
-    text: (usize, usize, usize),
+    /// Where the label begins among the texts, and where it ends.
+    text: (usize, usize),
 }
 
 /// Copies what a list has behind its static servers. `None` when its lock is not free within
@@ -164,14 +163,13 @@ impl Copied {
                     let from = self.texts.len();
                     let room = end.addr().saturating_sub(server.data.addr());
                     let label = server.data.wrapping_add(server.len);
-                    let label = Label::len_at(label, room.saturating_sub(server.len));
-                    let len = server.len + label.unwrap_or(0);
+                    let len = Label::len_at(label, room.saturating_sub(server.len)).unwrap_or(0);
                     let room = self.texts.capacity() - from;
                     if room < len || self.peers.len() == self.peers.capacity() {
                         return false;
                     }
-                    self.texts.extend_from_slice(slice::from_raw_parts(server.data, len));
-                    let text = (from, server.len, from + len);
+                    self.texts.extend_from_slice(slice::from_raw_parts(label, len));
+                    let text = (from, from + len);
                     let counted = Meter::of(peer, end).map(Meter::read);
                     self.peers.push(Raw { address, attributes, history, counted, backup, text });
                 }
@@ -185,14 +183,10 @@ impl Copied {
     /// The peers of the sources that are known still, in their order.
     pub fn peers(&self, knows: impl Fn(u64) -> bool) -> Vec<Carried> {
         let known = |raw: &Raw| {
-            let (from, len, end) = raw.text;
-            let server = self.texts.get(from..from + len)?;
-            let mut behind = self.texts.get(from + len..end)?.iter();
-            // Zeros, where the zone ends, make no label.
-            let label = Label::decode(|| behind.next().copied().unwrap_or(0))?;
+            let (from, end) = raw.text;
+            let label = Label::read(self.texts.get(from..end)?)?;
             let spec = Spec {
                 address: raw.address?,
-                server: String::from_utf8_lossy(server).into_owned(),
                 backup: raw.backup,
                 attributes: raw.attributes,
                 label,

@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::abi::PeerAbi;
 
-/// The longest service ID that is kept, in bytes. With [`NODE`] and a service name of usual length
-/// a label stays within one slot of 256 bytes.
+/// The longest service ID that is kept, in bytes. With [`NODE`] and any address a label stays within
+/// one slot of 256 bytes.
 const ID: usize = 88;
 /// The longest node name that is kept, in bytes.
 const NODE: usize = 64;

@@ -122,10 +122,9 @@ impl<L: PeersAbi> List<L> {
                     continue;
                 }
                 let side = Side::find(peers, statics, Vec::new());
-                all.extend(side.found.into_iter().zip(side.pointers).map(|(found, peer)| Spec {
+                all.extend(side.found.into_iter().map(|found| Spec {
                     label: found.label,
                     address: found.address,
-                    server: zone::server(peer),
                     backup,
                     attributes: found.attributes,
                 }));

@@ -12,8 +12,6 @@ pub struct Spec {
     pub label: Label,
     /// Where it listens.
     pub address: SocketAddr,
-    /// What nginx calls the server: the service's name.
-    pub server: String,
     /// In the backups' list.
     pub backup: bool,
     /// What balancers go by.
@@ -67,7 +65,6 @@ pub(crate) mod tests {
         Spec {
             label: Label::new("n1", id, 1),
             address: ([10, 0, 0, 1], port).into(),
-            server: "web".into(),
             backup: false,
             attributes: Attributes::default(),
         }

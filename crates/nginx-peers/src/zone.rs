@@ -71,8 +71,10 @@ impl<P: PeerAbi> Fresh<P> {
             ptr::copy_nonoverlapping(name.as_ptr(), text, name.len());
             (*P::name(peer)).len = name.len();
 
-            let mut server = Vec::with_capacity(server_len(spec));
-            server.extend_from_slice(spec.server.as_bytes());
+            // What a static server with this address would be called. `hash ... consistent` goes by
+            // it: peers that share it are one to that method, which takes them in turn.
+            let mut server = name.into_bytes();
+            let len = server.len();
             spec.label.encode(&mut server);
             let text: *mut u8 = ngx_slab_alloc(pool, server.len()).cast();
             if text.is_null() {
@@ -81,7 +83,7 @@ impl<P: PeerAbi> Fresh<P> {
             (*P::server(peer)).data = text;
             ptr::copy_nonoverlapping(server.as_ptr(), text, server.len());
             // The label stands behind the text.
-            (*P::server(peer)).len = spec.server.len();
+            (*P::server(peer)).len = len;
 
             if !P::prepare_session_id(peer, pool) {
                 return None;
@@ -254,20 +256,9 @@ pub(crate) unsafe fn read<P: PeerAbi>(
     }
 }
 
-/// The text of the peer's server.
-///
-/// # Safety
-///
-/// As [`read`].
-pub(crate) unsafe fn server<P: PeerAbi>(peer: *mut P) -> String {
-    // SAFETY: the caller's promise; the text does not change while the peer lives.
-    let text = unsafe { (*P::server(peer)).as_bytes() };
-    String::from_utf8_lossy(text).into_owned()
-}
-
 /// How many bytes the text of the server takes, with its label.
 fn server_len(spec: &Spec) -> usize {
-    spec.server.len() + spec.label.encoded_len()
+    spec.address.to_string().len() + spec.label.encoded_len()
 }
 
 /// # Safety
@@ -348,7 +339,7 @@ impl Usage {
                 meter::peer_size::<L::Peer>(),
                 size_of::<ngx_sockaddr_t>(),
                 NGINX_PEERS_SOCKADDR_STRLEN as usize,
-                // A service and a label of usual length.
+                // An address and a label of usual length.
                 64,
             ];
             let peer: usize = slots.iter().map(|len| slot(*len, page)).sum();

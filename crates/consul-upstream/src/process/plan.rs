@@ -119,7 +119,6 @@ impl Line {
         peer.addresses.iter().map(move |address| Spec {
             label: label.clone(),
             address: *address,
-            server: self.query.service().to_owned(),
             backup,
             attributes,
         })

@@ -191,8 +191,9 @@ fn names_and_addresses_are_nginxs() {
             ((*peer).name.as_bytes().to_vec(), (*peer).server.as_bytes().to_vec())
         })
         .collect();
-    assert_eq!(texts[0], (b"10.0.0.1:80".to_vec(), b"web".to_vec()));
-    assert_eq!(texts[1], (b"[::1]:8080".to_vec(), b"web".to_vec()));
+    for (texts, address) in texts.into_iter().zip(["10.0.0.1:80", "[::1]:8080"]) {
+        assert_eq!(texts, (address.into(), address.into()));
+    }
     up.list.apply(&[]).unwrap();
 }
 
