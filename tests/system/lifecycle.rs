@@ -106,12 +106,20 @@ fn all_kinds(nginx: &Nginx) -> Vec<BTreeMap<String, usize>> {
     workers
 }
 
-/// Waits until no worker of another generation is left, and no connection of a client's.
+/// Waits until no worker of another generation is left. One that has ended is gone when the master
+/// has noticed: until then the master has its channel, and the other workers have theirs to it.
 #[track_caller]
 fn settled(nginx: &Nginx) {
     eventually(PATIENCE, "the old workers are gone", || {
-        let left = nginx.exiting_pids();
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        let (now, all) = (nginx.worker_pids(), nginx.children());
+        if now == all { Ok(()) } else { Err(format!("{all:?}, of which {now:?} serve")) }
+    });
+    // The master tells the others, which takes each of them a moment.
+    let mut before = all_kinds(nginx);
+    eventually(PATIENCE, "nobody opens or closes anything", || {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = all_kinds(nginx);
+        std::mem::replace(&mut before, now) == before
     });
 }
 
