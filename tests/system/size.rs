@@ -36,6 +36,13 @@ fn locked(nginx: &Nginx) -> Vec<u64> {
     all
 }
 
+/// The memory of a process that is its alone, in bytes.
+fn memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+    1024 * line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+}
+
 /// One change among very many peers is a few stores: what is searched and freed is so outside.
 #[test]
 fn the_list_is_locked_for_microseconds() {
@@ -129,6 +136,56 @@ fn a_large_ring_is_warned_of_and_its_changes_are_gathered() {
     assert!(
         warnings[0].contains("upstream \"web\"") && warnings[0].contains("hash ... consistent")
     );
+}
+
+/// Weights of which a ring would have gigabytes are divided, and it is said; the shares stay.
+#[test]
+fn weights_beyond_any_ring_are_divided() {
+    let (net, dir) = (Net::isolated(), Dir::new("size_weights"));
+    let fake = FakeConsul::start(&net);
+    let (_backend, mut entries) = crowd(50);
+    let weigh = |entries: &mut [Value], weight: u32| {
+        for entry in entries {
+            entry["Service"]["Weights"]["Passing"] = weight.into();
+        }
+    };
+    // The most that Consul takes, and a third of it.
+    weigh(&mut entries[..1], 65_535);
+    weigh(&mut entries[1..], 21_845);
+    fake.know(100, &entries);
+    let nginx = asking(&net, &dir, &fake.url())
+        .http("upstream web { zone web 1m; hash $arg_key consistent; consul_upstream web; }")
+        .http("upstream other { zone other 1m; consul_upstream web; }")
+        .server("web")
+        .server("other")
+        .start();
+    let [ring, other] = nginx.addrs() else { panic!("two servers") };
+    let mut conn = Conn::open(*ring).unwrap();
+    let begin = Instant::now();
+    let first = conn.get("/?key=1").unwrap();
+    let (took, memory) = (begin.elapsed(), memory(nginx.worker_pids()[0]));
+    println!("a ring of large weights: {took:?} and {} KiB in all", memory / 1024);
+    assert_eq!(first.status, 200);
+    assert!(memory < 128 << 20, "{memory} bytes");
+    for name in ["web", "other"] {
+        let line = format!("upstream \"{name}\": the weights are larger than a method can use");
+        let lines = nginx.wait_log(&line, 1, PATIENCE);
+        assert!(lines[0].contains("[warn]") && lines[0].ends_with(" divided by 128"), "{lines:?}");
+    }
+    let mut conn = Conn::open(*other).unwrap();
+    let heavy = entries[0]["Service"]["Address"].as_str().unwrap();
+    let asked = (0..52).map(|_| conn.get("/").unwrap());
+    let to_heavy = |answer: &testbed::http::Answer| answer.tried()[0].ip().to_string() == heavy;
+    assert_eq!(asked.filter(to_heavy).count(), 3, "of 52, as 3 of 52 units of weight");
+
+    // With less it is as Consul says, and nothing more is said.
+    weigh(&mut entries, 100);
+    fake.know(101, &entries);
+    nginx.wait_log("50 of 50 instances serve, index 101", 2, PATIENCE);
+    let begin = Instant::now();
+    assert_eq!(Conn::open(*ring).unwrap().get("/?key=1").unwrap().status, 200);
+    println!("a ring of 50 weights of 100: {:?}", begin.elapsed());
+    assert_eq!(nginx.log_count("the weights are larger"), 2);
 }
 
 /// A set that waits for room does not come after a later one.

@@ -21,7 +21,7 @@ use crate::crash::Step::{
 };
 use crate::diff::{Found, Plan, Step};
 use crate::label::Label;
-use crate::spec::{Attributes, Spec};
+use crate::spec::{self, Attributes, Spec};
 use crate::zone::{self, Fresh, Full};
 
 /// The peers of one upstream: its primaries and its backups.
@@ -52,6 +52,8 @@ pub struct Change {
     pub changed: Vec<Changed>,
     /// Whether the order of those that stayed is another.
     pub reordered: bool,
+    /// By what the weights were divided, where they are larger than a balancer can use.
+    pub divisor: Option<u32>,
     /// For how long the list was locked.
     pub locked: Duration,
 }
@@ -145,14 +147,34 @@ impl<L: PeersAbi> List<L> {
         wanted: &[Spec],
         journal: &impl Journal,
     ) -> Result<Change, Refused> {
+        let divisors = [false, true].map(|backup| self.divisor(wanted, backup));
+        let divisor = divisors.into_iter().max().filter(|divisor| *divisor > 1);
+        let divided: Option<Vec<Spec>> = divisor.map(|_| {
+            let [primaries, backups] = divisors;
+            let by = |spec: &Spec| if spec.backup { backups } else { primaries };
+            let divided = |spec: &Spec| spec.attributes.divided(by(spec));
+            wanted.iter().map(|it| Spec { attributes: divided(it), ..it.clone() }).collect()
+        });
+        let wanted = divided.as_deref().unwrap_or(wanted);
         for _ in 0..ATTEMPTS {
             // SAFETY: `new`'s promise.
             match unsafe { self.try_apply(wanted, journal) } {
                 Err(Refused::Contended) => (),
-                result => return result,
+                result => return result.map(|change| Change { divisor, ..change }),
             }
         }
         Err(Refused::Contended)
+    }
+
+    /// By what the weights of one of the two lists are divided: by nothing beside static servers,
+    /// whose weights stay as they are.
+    fn divisor(&self, wanted: &[Spec], backup: bool) -> u32 {
+        let Statics { primaries, backups } = self.statics;
+        if (if backup { backups } else { primaries }) > 0 {
+            return 1;
+        }
+        let specs = wanted.iter().filter(|spec| spec.backup == backup);
+        spec::divisor(specs.map(|spec| spec.attributes.weight))
     }
 
     /// # Safety

@@ -79,6 +79,8 @@ struct Upstream<P: Protocol> {
     rests: Option<Instant>,
     /// It was said that changes cost much here.
     warned: bool,
+    /// By what the weights are divided, as was said.
+    divisor: Option<u32>,
     /// What the status tells of it, where that stands, and for how many milliseconds an answer of
     /// Consul counts.
     record: Record,
@@ -375,6 +377,7 @@ impl<P: Protocol> Upstream<P> {
             cost: shared.cost(number),
             rests: None,
             warned: false,
+            divisor: None,
             record: story::begin(shared.place(number)),
             place: shared.place(number),
             limit: clock::limit(conf.agents.wait),
@@ -433,6 +436,7 @@ impl<P: Protocol> Upstream<P> {
                 story::applied(&mut self.record, &change, update.index);
                 if !change.is_empty() {
                     self.weigh(&change, update.specs.len());
+                    self.tell_divisor(&change);
                 }
                 if first || !change.is_empty() {
                     let (name, serve) = (&self.name, update.specs.len());
@@ -484,8 +488,25 @@ impl<P: Protocol> Upstream<P> {
                 format_args!(
                     "consul: upstream \"{name}\": each change stops every worker for {ms}ms, \
                      which its method takes to prepare its choice among {peers} servers; changes \
-                     are gathered; smaller weights make \"hash ... consistent\" faster, and \
-                     \"random two\" or \"least_conn\" prepare nothing"
+                     are gathered; smaller weights, or \"weight=1\", make \"hash ... consistent\" \
+                     faster, and \"random two\" or \"least_conn\" prepare nothing"
+                ),
+            );
+        }
+    }
+
+    /// Says, once for each, by what the weights of Consul were divided.
+    fn tell_divisor(&mut self, change: &Change) {
+        let before = std::mem::replace(&mut self.divisor, change.divisor);
+        if let Some(divisor) = change.divisor
+            && self.divisor != before
+        {
+            let name = &self.name;
+            log::cycle(
+                NGX_LOG_WARN,
+                format_args!(
+                    "consul: upstream \"{name}\": the weights are larger than a method can use, \
+                     they are divided by {divisor}"
                 ),
             );
         }

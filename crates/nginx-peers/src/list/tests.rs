@@ -198,6 +198,32 @@ fn names_and_addresses_are_nginxs() {
 }
 
 #[test]
+fn large_weights_are_divided_where_no_static_server_stands_beside() {
+    let heavy = |id, port, backup, weight| {
+        let mut spec = Spec { backup, ..spec(id, port) };
+        spec.attributes.weight = weight;
+        spec
+    };
+    let wanted =
+        [heavy("a", 1, false, 30_000), heavy("b", 2, false, 1), heavy("c", 3, true, 9_000)];
+    let mut up = Upstream::new(NONE, true);
+    let change = up.list.apply(&wanted).unwrap();
+    assert_eq!(change.divisor, Some(2));
+    let divided =
+        [heavy("a", 1, false, 15_000), heavy("b", 2, false, 1), heavy("c", 3, true, 9_000)];
+    up.check(&divided);
+    assert!(up.list.apply(&wanted).unwrap().is_empty(), "the same set again is no change");
+    let change = up.list.apply(&wanted[1..]).unwrap();
+    assert_eq!((change.divisor, change.removed.len(), change.changed.len()), (None, 1, 0));
+    up.list.apply(&[]).unwrap();
+
+    let mut up = Upstream::new(Statics { primaries: 1, backups: 0 }, true);
+    assert_eq!(up.list.apply(&wanted).unwrap().divisor, None);
+    up.check(&wanted);
+    up.list.apply(&[]).unwrap();
+}
+
+#[test]
 fn static_servers_stay_the_first_ones() {
     let mut up = Upstream::new(Statics { primaries: 2, backups: 1 }, true);
     let wanted = [spec("a", 1), Spec { backup: true, ..spec("b", 2) }];
