@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use testbed::http::Conn;
+use testbed::http::{self, Conn};
 use testbed::{Backend, Dir, Load, Net, Nginx, Options};
 
 use crate::common::{PATIENCE, asking, changes, full, scaled};
@@ -214,31 +214,68 @@ fn an_older_set_never_comes_after_a_later_one() {
     assert_eq!(crate::common::passed_to(nginx.addr(), 12).len(), 3);
 }
 
-/// What comes and goes leaves nothing in the zone: at the end there is as much room as at the start.
+/// What comes and goes leaves nothing in the zone: memory and connections are at the end what they
+/// were at the start. A peer to which a request's reference were left would stay there for good.
 #[test]
 fn many_changes_leave_nothing_in_the_zone() {
     let (net, dir) = (Net::isolated(), Dir::new("size_leak"));
     let fake = FakeConsul::start(&net);
     // Half of the zone: were a peer in a hundred lost, it would be full before the end.
-    let (_backend, entries) = crowd(60);
-    fake.know(100, &entries);
+    let (backend, entries) = crowd(60);
+    // Peers leave while they have requests.
+    backend.set_delay(Duration::from_millis(1));
+    let status: SocketAddr = (net.ip(90), net.port()).into();
+    let upstreams = ["web", "kept"];
     let nginx = asking(&net, &dir, &fake.url())
         .workers(2)
-        .http("upstream web { zone web 192k; consul_upstream web; }")
+        .http("upstream web { zone web 192k; consul_upstream web hold=0; }")
+        .http("upstream kept { zone kept 192k; least_conn; consul_upstream web hold=0; keepalive 8; }")
         .server("web")
+        .server("kept")
+        .listen(status)
+        .http(format!("server {{ listen {status}; location / {{ consul_status; }} }}"))
         .start();
-    let load = Load::start(nginx.addr(), &Options::default().pause(Duration::from_millis(2)));
-    let changes = scaled(200, 4_000) as u64;
+    let mut index = 100;
+    let mut know = |entries: &[Value]| {
+        index += 1;
+        fake.know(index, entries);
+        let line = format!("of {} instances serve, index {index}", entries.len());
+        nginx.wait_log(&line, upstreams.len(), PATIENCE);
+    };
+    // Bytes in use, and connections that peers have, in each upstream.
+    let seen = || {
+        let status = http::get(status, "/").unwrap().json();
+        upstreams.map(|name| {
+            let upstream = &status["upstreams"][name];
+            let peers = upstream["peers"].as_array().unwrap();
+            let active: u64 = peers.iter().map(|peer| peer["active"].as_u64().unwrap()).sum();
+            (upstream["memory"]["used"].as_u64().unwrap(), active, peers.len())
+        })
+    };
+    let none = seen();
+    assert_eq!(none.map(|(_, active, peers)| (active, peers)), [(0, 0); 2]);
+    know(&entries);
+    let all = seen();
+    assert_eq!(all.map(|(_, active, peers)| (active, peers)), [(0, 60); 2]);
+
+    let options = Options::default().pause(Duration::from_millis(2));
+    let loads: Vec<Load> =
+        nginx.addrs()[..2].iter().map(|addr| Load::start(*addr, &options)).collect();
+    let changes = scaled(200, 4_000);
     for n in 0..changes {
-        let index = 101 + n;
         // All thirty go, and thirty others come: 30 × 4,000 are more than 100,000.
-        let from = (n as usize % 2) * 30;
-        fake.know(index, &entries[from..from + 30]);
-        nginx.wait_log(&format!("of 30 instances serve, index {index}"), 1, PATIENCE);
+        let from = n % 2 * 30;
+        know(&entries[from..from + 30]);
     }
-    let last = 101 + changes;
-    fake.know(last, &entries);
-    nginx.wait_log(&format!("60 of 60 instances serve, index {last}"), 1, PATIENCE);
-    load.stop().assert_nothing_lost();
+    for load in loads {
+        let report = load.stop();
+        report.assert_nothing_lost();
+        println!("{} peers came and went: {report}", 30 * changes);
+    }
+    know(&[]);
+    assert_eq!(seen(), none);
+    know(&entries);
+    assert_eq!(seen(), all);
+    println!("in use with no peer {none:?}, with all {all:?}, and the same at the end");
     assert_eq!(nginx.log_count("is full"), 0);
 }
