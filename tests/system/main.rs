@@ -24,6 +24,7 @@ mod secure;
 mod size;
 mod state;
 mod status;
+mod sticky;
 mod truth;
 mod upgrade;
 mod zone;
