@@ -1,10 +1,10 @@
 # Each target does its own set-up: system packages by apt-get, nginx from the crate nginx-src, Consul from Debian.
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-full test-nginx test-stack check build bench soak asan fuzz mutants coverage consul clean
+.PHONY: help demo test test-full test-nginx test-stack check build bench bench-table soak asan fuzz mutants coverage consul clean
 
 help: ## these lines
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
@@ -31,6 +31,10 @@ bench: ## the benchmarks; B=NAME: one of them
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
 	  cargo build --release --locked -p failpoints --features failpoints && \
 	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked --workspace $(if $(B),--bench $(B))
+
+bench-table: ## all benchmarks in one run, and their figures in one table
+	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
+	  cargo build --release --locked -p failpoints --features failpoints && scripts/bench-table
 
 soak: ## changes, reloads, kills and restarts of Consul under load, for MINUTES=20, and what grew meanwhile
 	@$(MAKE) --no-print-directory bench B=soak

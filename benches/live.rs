@@ -11,9 +11,11 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use testbed::http::Conn;
 use testbed::nginx::Builder;
 use testbed::{Consul, Dir, Net, Nginx, Service, eventually};
 
+use common::figure::Figure;
 use common::rival::RenderAndReload;
 use common::{ms, quantile};
 
@@ -32,8 +34,15 @@ const HEAVY: u32 = 10_000;
 /// and its rival are idle.
 const REST: Duration = Duration::from_millis(40);
 
-/// Between two looks at the rival, which needs the machine for its reload.
+/// Between two looks at a rival, which needs the machine for its reload, or makes one wait.
 const BREATH: Duration = Duration::from_micros(300);
+
+/// How long nginx believes an answer of Consul's name server: the least that it can be told.
+const VALID: &str = "1s";
+
+/// That name server at its best: all instances in one answer, over TCP where it is too long, which is
+/// old at once. By default it answers with some of them.
+const DNS: &str = "-hcl=dns_config { enable_truncate = true udp_answer_limit = 100 }";
 
 /// Changes in a row of one side before it is the other's turn: what the machine does meanwhile,
 /// it does to both.
@@ -60,19 +69,31 @@ fn main() -> ExitCode {
 
     let mut met = true;
     for workers in WORKERS {
-        let [alone, ours, theirs] = measure(workers, blocks, block);
+        let [alone, ours, reload, resolve] = measure(workers, blocks, block);
         alone.print(&format!("{workers} workers, the requests alone"));
         ours.print(&format!("{workers} workers, consul_upstream"));
-        theirs.print(&format!("{workers} workers, render and reload"));
-        let ratio = |times: fn(&Times) -> &[Duration], part: f64| {
-            ms(quantile(times(&theirs), part)) / ms(quantile(times(&ours), part))
-        };
-        let ratios = |times| {
-            let [median, p90, p99, max] =
-                [0.5, 0.9, 0.99, 1.0].map(|part| format!("{:.0} x", ratio(times, part)));
-            format!("{median:>9} {p90:>7} {p99:>7} {max:>7}")
-        };
-        println!("{:<32} {}   {}\n", "", ratios(|t| &t.first), ratios(|t| &t.every));
+        for (name, theirs) in [("render and reload", &reload), ("server ... resolve", &resolve)] {
+            theirs.print(&format!("{workers} workers, {name}"));
+            let ratio = |times: fn(&Times) -> &[Duration], part: f64| {
+                ms(quantile(times(theirs), part)) / ms(quantile(times(&ours), part))
+            };
+            let ratios = |times| {
+                let [median, p90, p99, max] =
+                    [0.5, 0.9, 0.99, 1.0].map(|part| format!("{:.0} x", ratio(times, part)));
+                format!("{median:>9} {p90:>7} {p99:>7} {max:>7}")
+            };
+            println!("{:<32} {}   {}", "", ratios(|t| &t.first), ratios(|t| &t.every));
+            let median = |times: &Times| ms(quantile(&times.every, 0.5));
+            Figure {
+                bench: "live",
+                what: &format!("a change in every one of {workers} workers, ms"),
+                ours: median(&ours),
+                rival: Some((name, median(theirs))),
+                bar: (workers == WORKERS[0]).then_some(ms(BAR)),
+            }
+            .note();
+        }
+        println!();
         met &= workers != WORKERS[0] || quantile(&ours.every, 0.5) <= BAR;
     }
     if quick {
@@ -104,15 +125,17 @@ impl Times {
     }
 }
 
-/// The requests without a change, ours, and the rival's.
-fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 3] {
+/// The requests without a change, ours, and those of the rivals.
+fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 4] {
     let (net, dir) = (Net::isolated(), Dir::new("live"));
-    let consul = Consul::start(&net, &dir);
+    let dns = net.port();
+    let consul = Consul::builder(&net, &dir).arg(format!("-dns-port={dns}")).arg(DNS).start();
+    let dns = SocketAddr::new(consul.addr().ip(), dns);
     let conf = |name: &str| -> Builder { Nginx::builder(&net, &dir).name(name).workers(workers) };
 
     // Each side's heavy instance is at another place after each change, and once before.
     let places = blocks * block + 1;
-    let backends = Backends::start(&net, &dir, ["ours", "theirs"], places);
+    let backends = Backends::start(&net, &dir, ["ours", "theirs", "resolved"], places);
 
     let mut ours = Changing::new(&consul, &backends, "ours");
     let nginx = conf("ours")
@@ -123,14 +146,33 @@ fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 3] {
     let mut theirs = Changing::new(&consul, &backends, "theirs");
     let rival = RenderAndReload::start(&consul, &dir, conf("theirs"), "theirs", KEPT, "");
 
+    let mut resolved = Changing::new(&consul, &backends, "resolved");
+    let resolving = conf("resolved")
+        .module(false)
+        .http(format!("resolver {dns} valid={VALID} ipv6=off;"))
+        .http(format!(
+            "upstream resolved {{ zone resolved 256k; server service.consul service=resolved \
+             resolve; {KEPT} }}"
+        ))
+        .server("resolved")
+        .start();
+    let mut conn = Conn::open(resolving.addr()).expect("nginx");
+    eventually(PATIENCE, "the name is resolved", || {
+        conn.get("/").is_ok_and(|answer| answer.status == 200)
+    });
+
+    let mut probes_resolving = probes(&resolving);
     let mut probes = probes(&nginx);
-    let [mut alone, mut our_times, mut their_times] = [(); 3].map(|()| Times::default());
+    let [mut alone, mut our_times, mut their_times, mut resolved_times] =
+        [(); 4].map(|()| Times::default());
     for _ in 0..blocks {
         for _ in 0..block {
-            let seen = ours.change(|name, since| watch_workers(&mut probes, name, since));
+            let seen =
+                ours.change(|name, since| watch_workers(&mut probes, name, since, Duration::ZERO));
             our_times.add(&seen);
             thread::sleep(REST);
-            let seen = watch_workers(&mut probes, &ours.name(), Instant::now());
+            let (name, now) = (ours.name(), Instant::now());
+            let seen = watch_workers(&mut probes, &name, now, Duration::ZERO);
             alone.add(&seen.expect("nothing has changed since"));
         }
         for _ in 0..block {
@@ -140,8 +182,16 @@ fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 3] {
             // What is left of the reload is not the next one's burden.
             eventually(PATIENCE, "the old workers end", || rival.nginx().exiting_pids().is_empty());
         }
+        // Each takes one to two seconds: fewer of them tell as much.
+        for n in 0..block.div_ceil(2) {
+            // At any moment of that second, as changes come.
+            thread::sleep(Duration::from_millis(n as u64 * 137 % 1000));
+            let seen = resolved
+                .change(|name, since| watch_workers(&mut probes_resolving, name, since, BREATH));
+            resolved_times.add(&seen);
+        }
     }
-    [alone, our_times, their_times]
+    [alone, our_times, their_times, resolved_times]
 }
 
 impl Times {
@@ -161,7 +211,7 @@ struct Backends {
 }
 
 impl Backends {
-    fn start(net: &Net, dir: &Dir, services: [&str; 2], heavy: usize) -> Backends {
+    fn start(net: &Net, dir: &Dir, services: [&str; 3], heavy: usize) -> Backends {
         let mut places = BTreeMap::new();
         for service in services {
             let light = (1..INSTANCES).map(|n| light(service, n));
@@ -259,7 +309,12 @@ impl<'a> Changing<'a> {
 
 /// Asks all workers at once, again and again, until each has passed a request to `name`. When each
 /// had its answer.
-fn watch_workers(probes: &mut [Probe], name: &str, since: Instant) -> io::Result<Vec<Duration>> {
+fn watch_workers(
+    probes: &mut [Probe],
+    name: &str,
+    since: Instant,
+    breath: Duration,
+) -> io::Result<Vec<Duration>> {
     let mut seen: Vec<Option<Duration>> = vec![None; probes.len()];
     while seen.contains(&None) {
         in_time(since)?;
@@ -274,6 +329,9 @@ fn watch_workers(probes: &mut [Probe], name: &str, since: Instant) -> io::Result
             if answer.backend == name {
                 *seen = Some(since.elapsed());
             }
+        }
+        if !breath.is_zero() {
+            thread::sleep(breath);
         }
     }
     Ok(seen.into_iter().flatten().collect())

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use testbed::nginx::Builder;
 use testbed::{Backend, Consul, Dir, Load, Net, Nginx, Options, Report, Service};
 
+use common::figure::Figure;
 use common::rival::RenderAndReload;
 
 const INSTANCES: usize = 8;
@@ -77,6 +78,14 @@ fn main() -> ExitCode {
         report
     };
 
+    Figure {
+        bench: "rolling",
+        what: &format!("requests lost by {} replacements", size.changes),
+        ours: ours.lost as f64,
+        rival: Some(("render and reload", theirs.lost as f64)),
+        bar: Some(0.0),
+    }
+    .note();
     if let Some(loss) = theirs.losses.first() {
         println!("\nthe first that render and reload lost: {} ({})", loss.why, loss.upstream);
     } else if !quick {

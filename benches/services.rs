@@ -14,6 +14,7 @@ use serde_json::json;
 use testbed::http::Conn;
 use testbed::{Consul, Dir, Net, Nginx, eventually};
 
+use common::figure::Figure;
 use common::{is_quick, ms, quantile, resident};
 
 /// Instances of each service.
@@ -158,9 +159,16 @@ fn measure(case: &Case, quick: bool) -> bool {
         ms(p90),
         ms(max),
     );
+    let note = |what: &str, ours, bar: f64| {
+        let what = format!("{} services, {} connections: {what}", case.services, case.connections);
+        Figure { bench: "services", what: &what, ours, rival: None, bar: Some(bar) }.note();
+    };
+    note("a core while idle, %", share, CPU);
+    note("memory of the first worker, MB", memory / 1e6, MEMORY / 1e6);
     // Above the bound it is the turn that takes time: each has to be in time. Within, one sample
     // tells what else the machine did.
     let live = if case.live == ABOVE { max } else { median };
+    note("a change in the log, ms", ms(live), ms(case.live));
     // Beyond Consul's own bound a connection more is no harm: one that was begun as another came
     // free, and was then not needed.
     let bounded = case.is_raised || connections <= case.connections;

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use testbed::{Backend, Consul, Dir, Load, Net, Nginx, Options, Service, Signal, eventually, http};
 
+use common::figure::Figure;
+
 const WORKERS: usize = 4;
 const INSTANCES: usize = 8;
 
@@ -291,6 +293,10 @@ impl Soak {
             sum(|report| report.retried),
         );
         let mut met = lost == excused;
+        let note = |what: &str, ours, bar| {
+            Figure { bench: "soak", what, ours, rival: None, bar: Some(bar) }.note();
+        };
+        note("requests lost, but with a killed worker", (lost - excused) as f64, 0.0);
         for (report, (name, _)) in reports.iter().zip(UPSTREAMS) {
             if report.lost > 0 {
                 println!("{name}: {report}");
@@ -312,6 +318,7 @@ impl Soak {
             let Some((first, last)) = points.first().zip(points.last()) else { continue };
             let slope = 100.0 * slope(&points) / first.1;
             println!("{name:<12} {:>9.1} {:>9.1} {slope:>16.2}", first.1, last.1);
+            note(&format!("{name}: growth, % a minute"), slope, FLAT);
             met &= quick || slope <= FLAT;
         }
         self.nginx.quit();

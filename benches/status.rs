@@ -3,25 +3,27 @@
 
 #[allow(dead_code, reason = "each benchmark uses its part of what they share")]
 mod common;
+#[path = "common/crowd.rs"]
+mod crowd;
 #[allow(dead_code, reason = "the tests use more of it")]
 #[path = "../tests/system/fake_consul.rs"]
 mod fake_consul;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use testbed::http;
 use testbed::nginx::Builder;
-use testbed::{Backend, Dir, Net, Nginx, eventually};
+use testbed::{Dir, Net, Nginx, eventually};
 
+use common::figure::Figure;
 use common::{PATIENCE, is_quick, ms, quantile};
-use fake_consul::{FakeConsul, entry};
+use fake_consul::FakeConsul;
 
 /// Who reads at the same time.
 const READERS: usize = 10;
@@ -40,19 +42,6 @@ fn main() -> ExitCode {
     println!();
     let met = upstreams(if quick { 100 } else { 1_000 }) && met;
     if met || quick { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// One backend that answers on all addresses of the machine, and so many instances of it.
-fn crowd(number: usize) -> (Backend, Vec<Value>) {
-    let backend = Backend::bind(([0, 0, 0, 0], 0).into(), "crowd").expect("a backend");
-    let first = u32::from(Ipv4Addr::new(127, 200, 0, 1));
-    let entries = (0..number)
-        .map(|n| {
-            let addr = (Ipv4Addr::from(first + n as u32), backend.addr().port()).into();
-            entry(&format!("web-{n:05}"), addr)
-        })
-        .collect();
-    (backend, entries)
 }
 
 /// A server with the status on an address of its own.
@@ -77,7 +66,8 @@ fn memory(pid: u32) -> usize {
 fn peers(number: usize, quick: bool) -> bool {
     let (net, dir) = (Net::isolated(), Dir::new("bench_status"));
     let fake = FakeConsul::start(&net);
-    let (_backend, entries) = crowd(number);
+    let backend = crowd::backend();
+    let entries = crowd::entries(&backend, number);
     fake.know(100, &entries);
     let addr = (net.ip(90), net.port()).into();
     let nginx = Nginx::builder(&net, &dir)
@@ -130,8 +120,15 @@ fn peers(number: usize, quick: bool) -> bool {
         ms(p99),
         ms(max)
     );
+    let note = |what: &str, ours, rival, bar| {
+        Figure { bench: "status", what: &format!("{number} peers: {what}"), ours, rival, bar }
+            .note();
+    };
+    note("locked by an answer at a time, ms", ms(quantile(&locked, 0.5)), None, Some(ms(LOCKED)));
     met &= quantile(&locked, 0.5) <= LOCKED;
-    met && matches!(tails[..], [_, file, status] if status <= file + LOCKED)
+    let [_, file, status] = tails[..] else { panic!("three ways") };
+    note("requests meanwhile at p99, ms", ms(status), Some(("a file", ms(file))), None);
+    met && status <= file + LOCKED
 }
 
 /// What has not changed in so many looks at it stands still.
@@ -227,7 +224,8 @@ fn locked(nginx: &Nginx) -> Vec<Duration> {
 fn upstreams(number: usize) -> bool {
     let (net, dir) = (Net::isolated(), Dir::new("bench_status_upstreams"));
     let fake = FakeConsul::start(&net);
-    let (_backend, entries) = crowd(3);
+    let backend = crowd::backend();
+    let entries = crowd::entries(&backend, 3);
     fake.know(100, &entries);
     let addr = (net.ip(90), net.port()).into();
     let all: String = (0..number)
@@ -264,6 +262,12 @@ fn upstreams(number: usize) -> bool {
     let (time, len) = pages[pages.len() / 2];
     let slowest = pages[pages.len() - 1].0;
     println!("the page: {} kB in {:.1} ms, {:.1} at most", len / 1000, ms(time), ms(slowest));
+    let note = |what: &str, ours, bar| {
+        let what = format!("{number} upstreams: {what}");
+        Figure { bench: "status", what: &what, ours, rival: None, bar: Some(bar) }.note();
+    };
+    note("the module's zone, MB", zone as f64 / 1e6, ZONE as f64 / 1e6);
+    note("the page, ms", ms(time), ms(PAGE));
     zone <= ZONE && time <= PAGE
 }
 

@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::time::Duration;
 
+pub mod figure;
 pub mod rival;
 
 /// How long anything may take that is waited for.

@@ -12,6 +12,11 @@ use consul_watch::query::Network;
 use consul_watch::{Selection, Snapshot};
 use serde_json::{Value, json};
 
+#[path = "../../../benches/common/figure.rs"]
+mod figure;
+
+use figure::Figure;
+
 /// The bars: judged within this time, and with so many times the body's size of memory, the body
 /// itself included.
 const TIME: Duration = Duration::from_secs(3);
@@ -44,6 +49,13 @@ fn main() -> ExitCode {
     }
     let [ours, theirs] = results[..] else { unreachable!("two roles") };
     println!("{:<36} {:>9} {:>8.1}x {:>13.1}x", "", "", theirs.0 / ours.0, theirs.1 / ours.1);
+    let note = |what: &str, ours, theirs, bar| {
+        let what = format!("{instances} instances: {what}");
+        let rival = Some(("serde_json::Value", theirs));
+        Figure { bench: "answer", what: &what, ours, rival, bar: Some(bar) }.note();
+    };
+    note("read and judged, s", ours.0, theirs.0, TIME.as_secs_f64());
+    note("memory, in bodies", ours.1, theirs.1, MEMORY);
     if quick || (ours.0 <= TIME.as_secs_f64() && ours.1 <= MEMORY) {
         return ExitCode::SUCCESS;
     }
