@@ -28,6 +28,8 @@ struct State {
     others: Script,
     /// Counts the scripts.
     version: u64,
+    /// How many requests there were before the last one.
+    before: usize,
     requests: Vec<Request>,
     connections: Vec<TcpStream>,
     ended: bool,
@@ -144,6 +146,7 @@ impl FakeConsul {
                 script: Arc::new(|_| None),
                 others: Arc::new(|request| Some(other(request))),
                 version: 0,
+                before: 0,
                 requests: Vec::new(),
                 connections: Vec::new(),
                 ended: false,
@@ -179,6 +182,7 @@ impl FakeConsul {
         let mut state = self.shared.lock();
         state.script = Arc::new(script);
         state.version += 1;
+        state.before = state.requests.len();
         self.shared.changed.notify_all();
     }
 
@@ -193,12 +197,12 @@ impl FakeConsul {
         self.shared.lock().requests.clone()
     }
 
-    /// Waits until it was asked so many times more.
+    /// Waits until it was asked so many times since it was told last what to answer.
     #[track_caller]
     pub fn wait_requests(&self, more: usize) {
-        let wanted = self.shared.lock().requests.len() + more;
         eventually(PATIENCE, &format!("{more} more queries"), || {
-            self.shared.lock().requests.len() >= wanted
+            let state = self.shared.lock();
+            state.requests.len() >= state.before + more
         });
     }
 
