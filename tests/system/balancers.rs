@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde_json::json;
-use testbed::http::{Answer, Conn};
+use testbed::http::{self, Answer, Conn};
 use testbed::nginx::Builder;
 use testbed::{
     Backend, Consul, Dir, Load, Net, Nginx, Options, Protocol, Report, Service, eventually,
@@ -719,7 +719,7 @@ fn hashes_agree_whatever_the_order_of_registration() {
 /// back so are they.
 #[test]
 fn a_key_stays_with_its_instance() {
-    let stage = Stage::set();
+    let stage = Stage::set(Protocol::Http);
     let backends: Vec<Backend> =
         (1..=5).map(|n| Backend::start(&stage.net, 20 + n, &format!("web-{n}"))).collect();
     let services: Vec<Service> = (1..)
