@@ -111,6 +111,8 @@ pub struct Upstream<P: Protocol> {
     pub knows_backups: bool,
     /// How many peers of its lists are static servers.
     pub statics: Statics,
+    /// Sessions to instances that leave are closed.
+    pub drops: bool,
 }
 
 /// An upstream block's, or the whole block's for settings that hold for all.
@@ -121,6 +123,8 @@ pub struct ServerConf<P: Protocol> {
     placeholder: Option<*mut sockaddr>,
     /// What the balancer made of `peer.init`; [`crate::balance`] wraps it.
     pub init_peer: InitPeer<P::Upstream>,
+    /// Whether sessions to instances that leave are closed, as it is set.
+    pub session_drop: Option<bool>,
     /// The change of its list that this process has seen last, and where it notes what that took it.
     pub seen: ngx_uint_t,
     pub cost: Option<&'static Cost>,
@@ -139,6 +143,7 @@ impl<P: Protocol> Default for ServerConf<P> {
             sources: Vec::new(),
             placeholder: None,
             init_peer: None,
+            session_drop: None,
             seen: 0,
             cost: None,
             number: 0,

@@ -6,6 +6,7 @@
 //! formatted or logged, and nothing can panic. For the worker that is killed there all the same,
 //! the stores are in an order that leaves a list after each of them; see [`crate::crash`].
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::crash::Step::{
 };
 use crate::diff::{Found, Plan, Step};
 use crate::label::Label;
+use crate::meter::Meter;
 use crate::spec::{self, Attributes, Spec};
 use crate::zone::{self, Fresh, Full};
 
@@ -147,6 +149,17 @@ impl<L: PeersAbi> List<L> {
         wanted: &[Spec],
         journal: &impl Journal,
     ) -> Result<Change, Refused> {
+        self.apply_ending(wanted, None, journal)
+    }
+
+    /// The same; the sessions to peers that go are to end, where `ends` says so of their instances. Of one
+    /// that changes from primary to backup, or back, they go on.
+    pub fn apply_ending(
+        &mut self,
+        wanted: &[Spec],
+        ends: Option<&dyn Fn(&Label) -> bool>,
+        journal: &impl Journal,
+    ) -> Result<Change, Refused> {
         let divisors = [false, true].map(|backup| self.divisor(wanted, backup));
         let divisor = divisors.into_iter().max().filter(|divisor| *divisor > 1);
         let divided: Option<Vec<Spec>> = divisor.map(|_| {
@@ -158,7 +171,7 @@ impl<L: PeersAbi> List<L> {
         let wanted = divided.as_deref().unwrap_or(wanted);
         for _ in 0..ATTEMPTS {
             // SAFETY: `new`'s promise.
-            match unsafe { self.try_apply(wanted, journal) } {
+            match unsafe { self.try_apply(wanted, ends, journal) } {
                 Err(Refused::Contended) => (),
                 result => return result.map(|change| Change { divisor, ..change }),
             }
@@ -183,6 +196,7 @@ impl<L: PeersAbi> List<L> {
     unsafe fn try_apply(
         &mut self,
         wanted: &[Spec],
+        ends: Option<&dyn Fn(&Label) -> bool>,
         journal: &impl Journal,
     ) -> Result<Change, Refused> {
         // SAFETY: `new`'s promise: the lists are live, this process is the one that edits them,
@@ -230,6 +244,18 @@ impl<L: PeersAbi> List<L> {
             let single = primary_edit
                 .counters
                 .single(backup_edit.as_ref().map_or(0, |edit| edit.counters.number));
+
+            if let Some(ends) = ends {
+                let is_there = |spec: &Spec| (spec.address, spec.label.clone());
+                let there: HashSet<_> = wanted.iter().map(is_there).collect();
+                let ends = |found: &Found| {
+                    ends(&found.label) && !there.contains(&(found.address, found.label.clone()))
+                };
+                primary.mark_ending(&mut primary_edit, ends);
+                if let (Some(side), Some(edit)) = (&backup, &mut backup_edit) {
+                    side.mark_ending(edit, ends);
+                }
+            }
 
             // The short part. Primaries first: nginx's own order.
             let backup_lock = backup
@@ -395,6 +421,24 @@ impl<'a, L: PeersAbi> Side<'a, L> {
         })
     }
 
+    /// Notes in an edit which of the peers that go end their sessions.
+    ///
+    /// # Safety
+    ///
+    /// As [`List::new`]; the edit is this side's.
+    unsafe fn mark_ending(&self, edit: &mut Edit<L>, ends: impl Fn(&Found) -> bool) {
+        for (n, removed) in self.plan.remove.iter().zip(&mut edit.removed) {
+            if self.found.get(*n).is_some_and(&ends) {
+                // SAFETY: the peer is in the list still, whose zone has an allocator.
+                let meter = unsafe {
+                    let pool = *L::shpool(self.peers);
+                    Meter::of(removed.peer, (*pool).end)
+                };
+                removed.meter = meter.map(core::ptr::from_ref);
+            }
+        }
+    }
+
     fn describe(&self, change: &mut Change) {
         let found = |n: &usize| {
             let peer = self.found.get(*n)?;
@@ -470,7 +514,7 @@ impl<'a, L: PeersAbi> Side<'a, L> {
             .remove
             .iter()
             .filter_map(|n| self.pointers.get(*n))
-            .map(|peer| Removed { peer: *peer, held: false })
+            .map(|peer| Removed { peer: *peer, held: false, meter: None })
             .collect();
         Some(Edit { peers: self.peers, fresh, links, attributes, removed, counters })
     }
@@ -494,6 +538,8 @@ struct Removed<P> {
     peer: *mut P,
     /// A request holds it, and the last one will free it.
     held: bool,
+    /// Its meter, if its sessions are to end.
+    meter: Option<*const Meter>,
 }
 
 impl<L: PeersAbi> Edit<L> {
@@ -524,6 +570,9 @@ impl<L: PeersAbi> Edit<L> {
             for removed in &mut self.removed {
                 if *L::Peer::refs(removed.peer) > 0 {
                     L::Peer::set_zombie(removed.peer);
+                    if let Some(meter) = removed.meter {
+                        (*meter).end_sessions();
+                    }
                     removed.held = true;
                 }
             }

@@ -12,6 +12,9 @@ use crate::abi::PeerAbi;
 /// What a meter begins with.
 const MAGIC: u64 = 0xC05E_5E1F_3E7E_0001;
 
+/// In the first word: the peer is gone, and the sessions that hold it are to end.
+const ENDS: u64 = 1 << 8;
+
 /// The slot of the allocator that a peer takes, with a meter and without one.
 const SLOT: usize = 512;
 
@@ -216,7 +219,17 @@ impl Meter {
         // SAFETY: what is behind a peer is in the zone: its meter, or the rest of its slot, which is
         // as fresh as the zone, since nobody writes there. All words are atomic to everybody.
         let meter = unsafe { &*behind.cast::<Self>() };
-        (meter.magic.load(Ordering::Relaxed) == MAGIC).then_some(meter)
+        (meter.magic.load(Ordering::Relaxed) & !ENDS == MAGIC).then_some(meter)
+    }
+
+    /// The peer is gone, and the sessions that hold it are to end.
+    pub(crate) fn end_sessions(&self) {
+        self.magic.store(MAGIC | ENDS, Ordering::Relaxed);
+    }
+
+    /// Whether they are.
+    pub fn ends_sessions(&self) -> bool {
+        self.magic.load(Ordering::Relaxed) & ENDS != 0
     }
 
     /// What was counted until now.

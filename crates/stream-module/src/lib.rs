@@ -1,5 +1,5 @@
 //! The module for TCP and UDP, thin as the one for http: the tables that nginx reads, and what stream
-//! has of its own ([`stream`]). All else is the crate consul-upstream.
+//! has of its own ([`stream`], [`sessions`]). All else is the crate consul-upstream.
 
 #[cfg(not(all(ngx_feature = "stream", ngx_feature = "stream_upstream_zone")))]
 compile_error!("nginx is configured without stream, or without zones in it: see --with-stream");
@@ -9,6 +9,7 @@ use nginx_sys::{NGX_STREAM_MODULE, ngx_command_t, ngx_stream_module_t};
 
 use self::stream::ConsulUpstream;
 
+mod sessions;
 mod stream;
 
 static CONTEXT: ngx_stream_module_t = ngx_stream_module_t {
@@ -20,7 +21,8 @@ static CONTEXT: ngx_stream_module_t = ngx_stream_module_t {
     merge_srv_conf: None,
 };
 
-static mut COMMANDS: [ngx_command_t; 17] = conf::commands::<ConsulUpstream, 0, 17>([]);
+static mut COMMANDS: [ngx_command_t; 18] =
+    conf::commands::<ConsulUpstream, 1, 18>([sessions::COMMAND]);
 
 consul_upstream::tables!(
     ConsulUpstream,

@@ -4,7 +4,7 @@ use core::ptr;
 use core::sync::atomic::AtomicPtr;
 
 use consul_upstream::process::Applier;
-use consul_upstream::{Attempt, Protocol};
+use consul_upstream::{Attempt, Peer, Protocol};
 use nginx_sys::{
     NGX_STREAM_MAIN_CONF, NGX_STREAM_MAIN_CONF_OFFSET, NGX_STREAM_SRV_CONF_OFFSET,
     NGX_STREAM_UPS_CONF, ngx_current_msec, ngx_module_t, ngx_msec_t, ngx_peer_connection_t,
@@ -13,6 +13,7 @@ use nginx_sys::{
 };
 
 use crate::ngx_stream_consul_upstream_module;
+use crate::sessions::{self, Held};
 
 /// The module, as the crate consul-upstream knows it.
 pub struct ConsulUpstream;
@@ -22,7 +23,7 @@ static APPLIER: AtomicPtr<Applier<ConsulUpstream>> = AtomicPtr::new(ptr::null_mu
 // SAFETY: all is stream's.
 unsafe impl Protocol for ConsulUpstream {
     type Upstream = ngx_stream_upstream_srv_conf_t;
-    type Held = ();
+    type Held = Held;
 
     const NAME: &'static str = "stream";
     const BLOCK: u32 = NGX_STREAM_MAIN_CONF;
@@ -82,5 +83,19 @@ unsafe impl Protocol for ConsulUpstream {
             status: None,
             failed,
         })
+    }
+
+    unsafe fn holds(
+        session: *mut ngx_stream_session_t,
+        upstream: *mut Self::Upstream,
+        peer: *mut Peer<Self>,
+        held: &mut Held,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { sessions::add(session, upstream, peer, held) }
+    }
+
+    unsafe fn lets_go(held: &mut Held) {
+        sessions::remove(held);
     }
 }

@@ -84,6 +84,13 @@ pub fn word<T: Copy>(value: &ngx_str_t, words: &[(&str, T)]) -> Option<T> {
     words.iter().find(|(word, _)| is_it(word)).map(|(_, meaning)| *meaning)
 }
 
+/// The only argument of a directive that is on or off.
+pub fn flag(args: &[ngx_str_t]) -> Result<bool, Fault> {
+    let value = only(args);
+    word(&value, &[("on", true), ("off", false)])
+        .ok_or_else(|| invalid(&value, ", it must be \"on\" or \"off\""))
+}
+
 /// The absolute path that a relative one means: also where nginx's prefix is relative itself, since
 /// workers may have another working directory.
 ///

@@ -144,6 +144,8 @@ unsafe fn complete<P: Protocol>(
         // Set now, because balancers assign the flags.
         *P::Upstream::flags(nginx) |= P::Upstream::MODIFY;
         conf.init_peer = (*P::Upstream::init_peer(nginx)).replace(balance::init_peer::<P>);
+        let drops = conf.session_drop.or(shared.session_drop).unwrap_or(false);
+        conf.session_drop = Some(drops);
 
         Ok(Upstream {
             nginx,
@@ -153,6 +155,7 @@ unsafe fn complete<P: Protocol>(
             sources: core::mem::take(&mut conf.sources),
             knows_backups,
             statics,
+            drops,
         })
     }
 }

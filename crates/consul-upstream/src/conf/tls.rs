@@ -8,7 +8,7 @@ use consul_watch::file::Loaded;
 use consul_watch::tls::{ServerName, Tls, TlsError};
 use nginx_sys::{ngx_conf_t, ngx_str_t};
 
-use super::argument::{file, invalid, named, once, only, quoted, word};
+use super::argument::{file, flag, named, once, only, quoted};
 use super::{Fault, ServerConf};
 use crate::protocol::Protocol;
 
@@ -166,9 +166,6 @@ pub unsafe fn verify<P: Protocol>(
     args: &[ngx_str_t],
     conf: *mut c_void,
 ) -> Result<(), Fault> {
-    let value = only(args);
-    let verify = word(&value, &[("on", true), ("off", false)])
-        .ok_or_else(|| invalid(&value, ", it must be \"on\" or \"off\""))?;
     // SAFETY: this function's own contract.
-    once(unsafe { &mut settings::<P>(conf).verify }, verify)
+    once(unsafe { &mut settings::<P>(conf).verify }, flag(args)?)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nginx_peers::list::Refused;
-use nginx_peers::{Change, Changed, List, PeersAbi, UpstreamAbi};
+use nginx_peers::{Change, Changed, Label, List, PeersAbi, UpstreamAbi};
 use nginx_sys::{
     NGX_LOG_CRIT, NGX_LOG_DEBUG, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK,
     ngx_close_connection, ngx_connection_t, ngx_cycle, ngx_event_t, ngx_get_connection,
@@ -67,6 +67,8 @@ struct Upstream<P: Protocol> {
     zone: String,
     list: List<Peers<P>>,
     journal: journal::Note,
+    /// Sessions to instances that leave are closed.
+    drops: bool,
     /// All lines have had an answer.
     answered: bool,
     /// It has servers from before its first answer.
@@ -370,6 +372,7 @@ impl<P: Protocol> Upstream<P> {
             zone: conf.zone.clone(),
             list,
             journal: journal::Note::new(shared, number),
+            drops: conf.drops,
             answered: false,
             restored: false,
             pending: None,
@@ -430,7 +433,9 @@ impl<P: Protocol> Upstream<P> {
             self.pending = Some(update);
             return;
         }
-        match self.list.apply_noting(&update.specs, &self.journal) {
+        let ends = |label: &Label| !update.draining.contains(label);
+        let ends: Option<&dyn Fn(&Label) -> bool> = if self.drops { Some(&ends) } else { None };
+        match self.list.apply_ending(&update.specs, ends, &self.journal) {
             Ok(change) => {
                 self.complained = None;
                 story::applied(&mut self.record, &change, update.index);

@@ -18,8 +18,8 @@ use consul_watch::report::Report;
 use consul_watch::state::{Source, State, Store};
 use consul_watch::watch::{Sink, Snapshot};
 use consul_watch::{Query, Selection};
-use nginx_peers::Spec;
 use nginx_peers::spec::arrange;
+use nginx_peers::{Label, Spec};
 use nginx_sys::{NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
@@ -66,6 +66,8 @@ pub struct Known {
     pub held: usize,
     /// All serve, because too few are healthy.
     pub panic: bool,
+    /// Those that an operator has put into maintenance.
+    maintenance: Vec<Key>,
 }
 
 /// What a snapshot made of a line.
@@ -115,6 +117,7 @@ impl Assembly {
             registered: registered.values().sum(),
             index: snapshot.index,
             complete: lines.iter().all(|known| known.registered.is_some()),
+            draining: Arc::new(lines.iter().flat_map(Known::draining).collect()),
         };
         Some(Judged { update, until, notes })
     }
@@ -191,7 +194,13 @@ impl Known {
             registered: None,
             held: 0,
             panic: false,
+            maintenance: Vec::new(),
         }
+    }
+
+    /// Those in maintenance, as they are known in nginx's list.
+    fn draining(&self) -> impl Iterator<Item = Label> {
+        self.maintenance.iter().map(|(node, id)| Label::new(node, id, self.line.source))
     }
 
     fn specs(&self) -> impl Iterator<Item = Spec> {
@@ -238,6 +247,9 @@ impl Known {
         if was_held == 0 && self.held > 0 {
             self.tale.held_updates += 1;
         }
+        let excluded = verdict.excluded.iter();
+        let in_maintenance = excluded.filter(|it| it.reason == policy::Reason::Maintenance);
+        self.maintenance = in_maintenance.map(|it| it.key.clone()).collect();
         self.peers = serving.peers;
         self.registered = Some(snapshot.instances.len());
 

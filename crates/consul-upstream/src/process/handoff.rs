@@ -1,14 +1,14 @@
 //! What the consul thread gives to nginx's thread: the latest set of each upstream, what else is
 //! known of it, and lines for the log. Nothing here waits, but the consul thread for its set to be taken.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use nginx_peers::Spec;
+use nginx_peers::{Label, Spec};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -30,6 +30,8 @@ pub struct Update {
     pub index: u64,
     /// All lines of the upstream have had an answer.
     pub complete: bool,
+    /// Instances in maintenance, by their labels: sessions to them go on to their end.
+    pub draining: Arc<HashSet<Label>>,
 }
 
 /// A line for nginx's log.
