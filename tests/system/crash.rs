@@ -16,7 +16,7 @@ use crate::common::{
 use crate::fake_consul::{FakeConsul, entry};
 
 /// In the order in which an edit takes them; see `Step` in the crate nginx-peers.
-const STEPS: [&str; 15] = [
+pub const STEPS: [&str; 15] = [
     "Begun",
     "LockedPrimaries",
     "Locked",
@@ -36,13 +36,13 @@ const STEPS: [&str; 15] = [
 
 /// How long a request may take after a worker was replaced that had a lock. In the midst of other
 /// tests it is the machine that takes its time: there the bound only tells an answer from a hang.
-fn at_most() -> Duration {
+pub fn at_most() -> Duration {
     Duration::from_secs(if full() { 1 } else { 10 })
 }
 
 /// An edit of both lists at a time: one instance comes or goes, and one becomes a backup or ceases to
 /// be one.
-fn entries(instances: &[Instance; 3], odd: bool) -> Vec<Value> {
+pub fn entries(instances: &[Instance; 3], odd: bool) -> Vec<Value> {
     let [one, two, three] = instances;
     let mut second = entry("web-2", two.addr());
     if odd {

@@ -25,6 +25,7 @@ mod size;
 mod state;
 mod status;
 mod sticky;
+mod stream;
 mod truth;
 mod upgrade;
 mod zone;

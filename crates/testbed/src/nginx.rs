@@ -46,6 +46,7 @@ pub struct Builder {
     single_process: bool,
     untitled: bool,
     workers: usize,
+    connections: usize,
     main: Vec<String>,
     http: Vec<String>,
     stream: Vec<String>,
@@ -65,6 +66,7 @@ impl Nginx {
             single_process: false,
             untitled: false,
             workers: 1,
+            connections: 1024,
             main: Vec::new(),
             http: Vec::new(),
             stream: Vec::new(),
@@ -311,6 +313,13 @@ impl Builder {
         self
     }
 
+    /// Takes text back that [`Builder::stream`] has put there.
+    #[must_use]
+    pub fn stream_without(mut self, text: &str) -> Builder {
+        self.stream.retain(|it| it != text);
+        self
+    }
+
     /// Raw text in the block of a protocol.
     #[must_use]
     pub fn block(self, of: Protocol, text: impl Into<String>) -> Builder {
@@ -373,6 +382,13 @@ impl Builder {
     #[must_use]
     pub fn workers(mut self, n: usize) -> Builder {
         self.workers = n;
+        self
+    }
+
+    /// How many connections a worker may have.
+    #[must_use]
+    pub fn connections(mut self, n: usize) -> Builder {
+        self.connections = n;
         self
     }
 
@@ -496,7 +512,7 @@ impl Builder {
         line("pid nginx.pid;");
         line("error_log error.log info;");
         self.main.iter().for_each(|text| line(text));
-        line("events { worker_connections 1024; }");
+        line(&format!("events {{ worker_connections {}; }}", self.connections));
         line("http {");
         line("access_log off;");
         for temp in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"] {
