@@ -20,6 +20,17 @@ unset MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 say() { printf '%s: %s\n' "$name" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# The flags of every cargo command that builds the module: nginx is the one of the crate nginx-src, or one's own.
+# The flags of every cargo command that builds the modules: nginx is the one of the crate nginx-src, or one's own.
 cargo_flags=(--release --locked)
-if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then cargo_flags+=(--no-default-features); fi
+# What cargo is told to build: the modules, and those with failpoints, which some tests load.
+modules=(--package nginx-consul-upstream --package stream-module)
+failpoints=(--package failpoints --package failpoints-stream
+  --features failpoints/failpoints,failpoints-stream/failpoints)
+if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then
+  cargo_flags+=(--no-default-features)
+  # Of an nginx without stream there is one module.
+  if ! grep -qs 'define NGX_STREAM_UPSTREAM_ZONE' "${NGINX_BUILD_DIR:-$NGINX_SOURCE_DIR/objs}/ngx_auto_config.h"; then
+    modules=(--package nginx-consul-upstream)
+    failpoints=(--package failpoints --features failpoints)
+  fi
+fi
