@@ -9,6 +9,7 @@
 //! `auth_basic`, ...) guards this one.
 
 use core::ffi::c_void;
+use std::rc::Rc;
 
 use consul_status::{Answer, Error, Format, Request, request};
 use consul_upstream::conf::{Fault, Handler, MainConf, ServerConf, command};
@@ -23,11 +24,13 @@ use nginx_sys::{
 };
 use ngx::http::HttpModuleMainConf;
 
+use self::lists::All;
 use self::rows::Peers;
 use self::send::{Place, Sending};
 use crate::http::ConsulUpstream;
 
 mod document;
+mod lists;
 mod rows;
 mod send;
 
@@ -118,18 +121,15 @@ unsafe fn answer(r: *mut ngx_http_request_t) -> Result<Answered, Error> {
         };
         let request = Request::parse(&parts)?;
         let format = request.format;
-        let main = ConsulUpstream::main_conf(&*r);
+        let all = Rc::new(All::new(ConsulUpstream::main_conf(&*r)));
         if request.head {
-            let known = |name: &[u8]| {
-                main.is_some_and(|main| main.upstreams.iter().any(|it| it.name.as_bytes() == name))
-            };
             return match &request.upstream {
-                Some(name) if !known(name) => Err(Error::Upstream),
+                Some(name) if !all.knows(name) => Err(Error::Upstream),
                 _ => Ok(Answered::Head(format)),
             };
         }
-        let document = document::of(main, &request);
-        let answer = Answer::new(document, Peers::new(main), request, prefix)?;
+        let document = document::of(&all, &request);
+        let answer = Answer::new(document, Peers::new(all), request, prefix)?;
         let place = if answer.is_large() { Some(Place::take().ok_or(Error::Busy)?) } else { None };
         Ok(Answered::Body(format, Box::new(Sending::new(answer, place))))
     }
@@ -242,9 +242,10 @@ pub fn datacenters<'a>(
     conf: &'a mut ServerConf<ConsulUpstream>,
 ) -> &'a [(u64, String)] {
     // SAFETY: the configuration is that of a live request, and has upstreams.
-    let written = unsafe { Shared::of(main) }.place(conf.number).written();
+    let shared = unsafe { Shared::of(main) };
+    let written = shared.place(conf.number).written();
     if conf.datacenters.0 != written {
-        let sources = document::record_of(main, conf.number).report.sources;
+        let sources = document::record_of(shared, conf.number).report.sources;
         let known = sources.into_iter().filter_map(|heard| Some((heard.key, heard.datacenter?)));
         conf.datacenters = (written, known.collect());
     }

@@ -5,47 +5,38 @@ use consul_status::model::{
     Reason, Sign, Source, Status, Sync, Thread, ThreadState, Updates, Upstream, Zone,
 };
 use consul_status::{Document, Request, Time};
-use consul_upstream::conf::{self, MainConf};
-use consul_upstream::process::clock::{Clocks, Moment, limit};
+use consul_upstream::process::about::{About, AboutSource, Followed};
+use consul_upstream::process::clock::{Clocks, Moment};
 use consul_upstream::process::record::{Heard, ROWS, Record, Row, ThreadRecord, at};
-use consul_upstream::process::{Shared, own_pid, source_of};
-use consul_watch::agent::Address;
-use consul_watch::query::Parameter;
-use nginx_peers::Usage;
+use consul_upstream::process::{Shared, own_pid};
 use nginx_peers::view::View;
-use nginx_sys::ngx_http_upstream_rr_peers_t;
 
+use super::lists::{self, All};
 use super::rows;
-use crate::http::ConsulUpstream;
 
 /// Without a heartbeat for so long the thread is silent, in milliseconds.
 const SILENT: u64 = consul_status::model::SILENT.as_millis() as u64;
 
 /// What is known of an upstream; nothing where that cannot be read.
-pub fn record_of(main: &MainConf<ConsulUpstream>, upstream: usize) -> Record {
-    // SAFETY: the configuration is that of a live request, and has this upstream.
-    let shared = unsafe { Shared::of(main) };
+pub fn record_of(shared: &Shared, upstream: usize) -> Record {
     let record = shared.place(upstream).read();
     record.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
 /// The document that a request asks for: peers are counted of the upstreams that are in it.
-pub fn of(main: Option<&MainConf<ConsulUpstream>>, request: &Request) -> Document {
+pub fn of(all: &All, request: &Request) -> Document {
     let clocks = Clocks::read();
-    let main = main.filter(|main| !main.upstreams.is_empty());
-    // SAFETY: the configuration is that of a live request, and has upstreams.
-    let shared = main.map(|main| unsafe { Shared::of(main) });
-    let (thread, agents) = thread(main, shared, &clocks);
-    let upstreams: Vec<Upstream> = main
-        .into_iter()
-        .flat_map(|main| main.upstreams.iter().enumerate().map(move |one| (main, one)))
-        .map(|(main, (number, conf))| {
-            let asked = request.asks_for(conf.name.as_bytes());
-            let repaired = shared.map_or(0, |shared| shared.cost(number).repaired());
-            upstream(conf, &record_of(main, number), repaired, asked, &clocks)
+    let (thread, agents) = threads(&all.followed, &clocks);
+    let upstreams: Vec<Upstream> = all
+        .upstreams()
+        .map(|(protocol, followed, number, about)| {
+            let asked = request.asks_for(about.name.as_bytes());
+            let repaired = followed.shared.cost(number).repaired();
+            let record = record_of(followed.shared, number);
+            upstream(protocol, about, &record, repaired, asked, &clocks)
         })
         .collect();
-    let up = main.is_none() || thread.is_up(clocks.wall);
+    let up = all.followed.is_empty() || thread.is_up(clocks.wall);
     let in_sync = up && upstreams.iter().all(|upstream| upstream.sync.is_in_sync());
     let since = if !up {
         thread.heartbeat.map(|at| Time::from_millis(at.millis().saturating_add(SILENT)))
@@ -63,30 +54,54 @@ pub fn of(main: Option<&MainConf<ConsulUpstream>>, request: &Request) -> Documen
         nginx: Nginx {
             version: nginx_sys::NGINX_VERSION.to_str().unwrap_or_default().into(),
             module: env!("CARGO_PKG_VERSION").into(),
-            load_timestamp: shared.map(|shared| clocks.time(shared.loaded())),
+            load_timestamp: all.followed.first().map(|(_, it)| clocks.time(it.shared.loaded())),
             pid: own_pid().unsigned_abs(),
         },
         thread,
         agents,
         memory: Memory {
             answers: None,
-            // SAFETY: the zone of a configuration in use is there.
-            zone_size: main.map_or(0, |main| unsafe { (*main.shared.0).shm.size } as u64),
+            zone_size: all.followed.iter().map(|(_, it)| it.zone_size as u64).sum(),
         },
         upstreams,
     }
 }
 
-/// The thread, and the agents that it asks.
-fn thread(
-    main: Option<&MainConf<ConsulUpstream>>,
-    shared: Option<&Shared>,
-    clocks: &Clocks,
-) -> (Thread, Vec<Agent>) {
-    let heartbeat = shared.and_then(Shared::heartbeat);
-    let record = shared
-        .and_then(|shared| shared.thread_place().read())
-        .and_then(|bytes| serde_json::from_slice::<ThreadRecord>(&bytes).ok());
+/// The threads as one, and the agents that they ask: there is one for each protocol, and where one of
+/// them is not up, that is what there is to tell.
+fn threads(all: &[(Protocol, Followed)], clocks: &Clocks) -> (Thread, Vec<Agent>) {
+    let (mut threads, mut agents): (Vec<Thread>, Vec<Agent>) = Default::default();
+    for (_, followed) in all {
+        let (thread, asked) = thread(followed, clocks);
+        threads.push(thread);
+        for agent in asked {
+            match agents.iter_mut().find(|it| it.address == agent.address) {
+                Some(same) => {
+                    same.up &= agent.up;
+                    same.connections += agent.connections;
+                    same.max_connections += agent.max_connections;
+                }
+                None => agents.push(agent),
+            }
+        }
+    }
+    let not_up = threads.iter().position(|thread| !thread.is_up(clocks.wall)).unwrap_or(0);
+    let none = Thread {
+        state: ThreadState::Starting,
+        pid: None,
+        started: None,
+        heartbeat: None,
+        restarts: 0,
+    };
+    (threads.into_iter().nth(not_up).unwrap_or(none), agents)
+}
+
+/// A thread, and the agents that it asks.
+fn thread(followed: &Followed, clocks: &Clocks) -> (Thread, Vec<Agent>) {
+    let shared = followed.shared;
+    let heartbeat = shared.heartbeat();
+    let record = shared.thread_place().read();
+    let record = record.and_then(|bytes| serde_json::from_slice::<ThreadRecord>(&bytes).ok());
     let silent = |at: Moment| clocks.now.since(at) >= SILENT;
     let state = match (&record, heartbeat) {
         (None, _) | (_, None) => ThreadState::Starting,
@@ -102,7 +117,7 @@ fn thread(
         heartbeat: heartbeat.map(|at| clocks.time(at)),
         restarts: record.map_or(0, |it| it.restarts),
     };
-    let max_connections = main.map_or(0, MainConf::max_connections);
+    let max_connections = followed.max_connections;
     let agents = record.into_iter().flat_map(|it| &it.agents).map(|it| Agent {
         address: it.address.clone().into(),
         up: it.up,
@@ -114,30 +129,27 @@ fn thread(
 }
 
 fn upstream(
-    conf: &conf::Upstream<ConsulUpstream>,
+    protocol: Protocol,
+    about: &About,
     record: &Record,
     repaired: u64,
     asked: bool,
     clocks: &Clocks,
 ) -> Upstream {
-    let limit = limit(conf.agents.wait);
+    let limit = about.limit;
     let time = |moment: Moment| clocks.time(moment);
     let sync = record.sync(limit, clocks.now);
     let report = &record.report;
-    let view = if asked { rows::view(conf) } else { View::default() };
-    // SAFETY: the upstream belongs to the configuration of a live request; its list is in the zone.
-    let usage = unsafe {
-        let primaries: *mut ngx_http_upstream_rr_peers_t = (*conf.nginx).peer.data.cast();
-        Usage::of(primaries)
-    };
+    let view = if asked { lists::view(protocol, about) } else { View::default() };
+    let usage = lists::usage(protocol, about);
     let all_rows = record.missing_rows.iter().chain(&report.excluded);
     let rows: Vec<Excluded> = all_rows.take(ROWS).filter_map(|row| excluded(row, clocks)).collect();
     let missing: u64 = record.missing.iter().map(|(_, count)| count).sum();
     let known = report.excluded.len() as u64 + report.omitted + missing;
     Upstream {
-        protocol: Protocol::Http,
-        name: conf.name.clone().into(),
-        zone: conf.zone.clone().into(),
+        protocol,
+        name: about.name.clone().into(),
+        zone: about.zone.clone().into(),
         sync,
         since: record.since(limit, clocks.now).map(time),
         last_change: record.last_change.map(time),
@@ -158,8 +170,8 @@ fn upstream(
         },
         servers: rows::servers(&view),
         sources: (1..)
-            .zip(&conf.sources)
-            .map(|(id, source)| source_row(id, conf, source, record, sync, limit, clocks))
+            .zip(&about.sources)
+            .map(|(id, source)| source_row(id, about, source, record, sync, clocks))
             .collect(),
         excluded_omitted: known.saturating_sub(rows.len() as u64),
         excluded: rows,
@@ -197,18 +209,16 @@ fn excluded(row: &Row, clocks: &Clocks) -> Option<Excluded> {
 
 fn source_row(
     id: u32,
-    conf: &conf::Upstream<ConsulUpstream>,
-    source: &conf::Source,
+    about: &About,
+    source: &AboutSource,
     record: &Record,
     sync: Sync,
-    limit: u64,
     clocks: &Clocks,
 ) -> Source {
-    let key = source_of(conf, source);
+    let key = source.key;
     let unknown = Heard::default();
     let heard = record.report.sources.iter().find(|heard| heard.key == key).unwrap_or(&unknown);
     let time = |moment: Moment| clocks.time(moment);
-    let addresses: Vec<String> = conf.agents.addresses.iter().map(Address::to_string).collect();
     let mut counts = Counts::default();
     for (reason, count) in &heard.excluded {
         if let Some(reason) = at(Reason::ALL, *reason) {
@@ -221,22 +231,17 @@ fn source_row(
     }
     let missing = missing.map_or(0, |(_, count)| *count);
     let [transport, status, denied, invalid] = heard.errors;
-    let parameter = |parameter| source.query.get(parameter).map(str::to_owned);
     Source {
         id,
-        service: source.query.service().to_owned().into(),
-        tags: source.selection.tags.iter().map(|tag| tag.clone().into()).collect(),
-        datacenter: parameter(Parameter::Datacenter).map(Into::into),
-        health: match source.selection.health {
-            consul_watch::Health::Passing => Health::Passing,
-            consul_watch::Health::Warning => Health::Warning,
-            consul_watch::Health::Any => Health::Any,
-        },
-        filter: parameter(Parameter::Filter).map(Into::into),
+        service: source.service.clone().into(),
+        tags: source.tags.iter().map(|tag| tag.clone().into()).collect(),
+        datacenter: source.datacenter.clone().map(Into::into),
+        health: at(Health::ALL, source.health).unwrap_or(Health::Passing),
+        filter: source.filter.clone().map(Into::into),
         backup: source.backup,
-        address: addresses.get(heard.agent.unwrap_or(0)).map(|it| it.clone().into()),
+        address: about.addresses.get(heard.agent.unwrap_or(0)).map(|it| it.clone().into()),
         last_success: heard.last_success.map(time),
-        stale: sync == Sync::Refused || heard.is_stale(record.begun, limit, clocks.now),
+        stale: sync == Sync::Refused || heard.is_stale(record.begun, about.limit, clocks.now),
         index: heard.index,
         answers: heard.answers,
         next_try: heard.next_try.filter(|at| *at > clocks.now).map(time),

@@ -1,44 +1,20 @@
 //! The peers of one upstream at a time.
 
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use consul_status::model::{Counters, Instance, KeptBy, PeerState, Servers, Status};
 use consul_status::{Peer, Rows};
-use consul_upstream::conf::{MainConf, Upstream};
-use consul_upstream::log;
 use consul_upstream::process::clock::{Clocks, Moment};
 use consul_upstream::process::record::{Mark, Report, at};
-use consul_upstream::process::source_of;
-use nginx_peers::view::{Numbers, Seen, View, look};
-use nginx_sys::{NGX_LOG_DEBUG, ngx_http_upstream_rr_peers_t};
+use nginx_peers::view::{Numbers, Seen, View};
 
 use super::document::record_of;
-use crate::http::ConsulUpstream;
-
-/// How long a list's lock is waited for: the worker that has it may be dead.
-const PATIENCE: Duration = Duration::from_millis(20);
+use super::lists::{self, All};
 
 /// nginx's mark of a server that gets no new sessions.
 const DRAINING: u64 = 8;
-
-/// Copies a list of peers; an empty one where it is locked.
-pub fn view(upstream: &Upstream<ConsulUpstream>) -> View {
-    // SAFETY: the upstream belongs to the configuration of a live request; its list is in the
-    // zone.
-    let view = unsafe {
-        let primaries: *mut ngx_http_upstream_rr_peers_t = (*upstream.nginx).peer.data.cast();
-        look(primaries, upstream.statics, PATIENCE).unwrap_or_default()
-    };
-    let (name, locked) = (&upstream.name, view.locked().as_nanos());
-    log::cycle(
-        NGX_LOG_DEBUG,
-        format_args!(
-            "consul: upstream \"{name}\": a reader locked the list for {locked}ns at a time"
-        ),
-    );
-    view
-}
 
 /// Seconds of the epoch, as nginx notes failures.
 fn seconds() -> i64 {
@@ -71,7 +47,7 @@ pub fn servers(view: &View) -> Servers {
 
 /// The peers of all upstreams, as far as they are taken.
 pub struct Peers {
-    main: Option<&'static MainConf<ConsulUpstream>>,
+    all: Rc<All>,
     view: View,
     /// When it was taken.
     clocks: Clocks,
@@ -86,15 +62,14 @@ pub struct Peers {
 /// A `consul_upstream` line.
 struct Source {
     number: u32,
-    service: &'static str,
+    service: String,
     datacenter: Option<String>,
 }
 
 impl Peers {
-    /// `main` outlives the request whose rows these are: the cycle does.
-    pub fn new(main: Option<&'static MainConf<ConsulUpstream>>) -> Self {
+    pub fn new(all: Rc<All>) -> Self {
         Self {
-            main,
+            all,
             view: View::default(),
             clocks: Clocks::read(),
             now: 0,
@@ -128,18 +103,19 @@ impl Peers {
 
 impl Rows for Peers {
     fn take(&mut self, upstream: usize) -> usize {
-        let Some(main) = self.main else { return 0 };
-        let Some(conf) = main.upstreams.get(upstream) else { return 0 };
-        self.view = view(conf);
+        let Some((protocol, followed, number, about)) = self.all.upstreams().nth(upstream) else {
+            return 0;
+        };
+        self.view = lists::view(protocol, about);
         (self.clocks, self.now) = (Clocks::read(), seconds());
-        let Report { sources: heard, marks, more_marks, .. } = record_of(main, upstream).report;
+        let report = record_of(followed.shared, number).report;
+        let Report { sources: heard, marks, more_marks, .. } = report;
         self.sources = (1..)
-            .zip(&conf.sources)
+            .zip(&about.sources)
             .map(|(number, source)| {
-                let key = source_of(conf, source);
-                let heard = heard.iter().find(|heard| heard.key == key);
+                let heard = heard.iter().find(|heard| heard.key == source.key);
                 let datacenter = heard.and_then(|heard| heard.datacenter.clone());
-                (key, Source { number, service: source.query.service(), datacenter })
+                (source.key, Source { number, service: source.service.clone(), datacenter })
             })
             .collect();
         self.more_marks = more_marks;
@@ -177,7 +153,7 @@ impl Rows for Peers {
             id: counted.map(|it| it.id),
             server: name.into(),
             // What stands in the list is its address once more: balancers go by that text.
-            name: source.map_or_else(|| server.into(), |source| source.service.into()),
+            name: source.map_or_else(|| server.into(), |source| source.service.as_str().into()),
             backup: numbers.backup,
             weight: numbers.weight,
             effective_weight: numbers.effective_weight,

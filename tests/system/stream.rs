@@ -498,6 +498,97 @@ fn both_modules_work_as_each_alone() {
     serves_anew_now(stream, &["db-1"]);
 }
 
+/// A server of http with the status.
+fn with_status(stage: &Stage, conf: Builder) -> (Builder, SocketAddr) {
+    let addr: SocketAddr = (stage.net.ip(2), stage.net.port()).into();
+    let server = format!("server {{ listen {addr}; location /consul {{ consul_status; }} }}");
+    (conf.http(server), addr)
+}
+
+/// The status is the http module's, and shows the upstreams of both, each in its place.
+#[test]
+fn the_status_shows_both_protocols() {
+    let stage = Stage::set("stream_status");
+    let [web_1, web_2] = stage.web();
+    let db = [1, 2].map(|n| Instance::start(&stage.net, "db", &format!("db-{n}")));
+    stage.register(db.iter().chain([&web_1, &web_2]));
+    let conf = stage
+        .nginx()
+        .workers(2)
+        .stream(format!("consul_address {};", stage.consul.url()))
+        .upstream("app", "consul_upstream web;")
+        .stream(
+            "upstream app { zone app_of_stream 256k; consul_upstream db tag=x backup health=any;
+             consul_upstream db; server 127.0.0.1:1 down; }",
+        )
+        .server_of(STREAM, "app");
+    let (conf, status) = with_status(&stage, conf);
+    let nginx = conf.start();
+    let stream = nginx.addrs()[1];
+    serves_anew(stream, &["db-1", "db-2"]);
+    let look = || http::get(status, "/consul").unwrap().json();
+    let seen = eventually(PATIENCE, "all is in sync", || {
+        let seen = look();
+        if seen["in_sync"] == true { Ok(seen) } else { Err(seen.to_string()) }
+    });
+    assert_eq!(seen["upstreams"].as_object().unwrap().len(), 1);
+    assert_eq!(seen["upstreams"]["app"]["peers"].as_array().unwrap().len(), 2);
+    let app = &seen["stream_upstreams"]["app"];
+    assert_eq!(app["zone"], "app_of_stream");
+    let [fixed, first, second] = &app["peers"].as_array().unwrap()[..] else { panic!("{app}") };
+    assert_eq!((&fixed["state"], &fixed["service_id"]), (&"down".into(), &Value::Null));
+    assert_eq!((&first["service_id"], &second["service_id"]), (&"db-1".into(), &"db-2".into()));
+    let [tagged, plain] = &app["sources"].as_array().unwrap()[..] else { panic!("{app}") };
+    assert_eq!((&tagged["service"], &tagged["health"]), (&"db".into(), &"any".into()));
+    assert_eq!((&tagged["backup"], &tagged["serving"]), (&true.into(), &0.into()));
+    assert_eq!((&plain["registered"], &plain["serving"]), (&2.into(), &2.into()));
+    assert_eq!(seen["agents"].as_array().unwrap().len(), 1, "asked by both");
+
+    // Sessions count as requests do, with what went through them.
+    let before: u64 = [first, second].map(|it| it["requests"].as_u64().unwrap()).iter().sum();
+    serves_anew_now(stream, &["db-1", "db-2"]);
+    eventually(PATIENCE, "they are counted", || {
+        let peers = look()["stream_upstreams"]["app"]["peers"].clone();
+        let sum = |field: &str| -> u64 { (1..3).filter_map(|n| peers[n][field].as_u64()).sum() };
+        sum("requests") == before + 20 && sum("sent") > 0 && sum("received") > 0
+    });
+    let metrics = http::get(status, "/consul?format=prometheus").unwrap().text();
+    for protocol in ["http", "stream"] {
+        let line = format!("upstream=\"app\",protocol=\"{protocol}\"");
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
+    let page = http::get(status, "/consul/upstreams/app").unwrap();
+    assert_eq!(page.json()["stream_upstreams"].as_object().unwrap().len(), 1);
+
+    // An instance that goes is told of, too.
+    stage.consul.maintenance("db-1", true, "a test");
+    eventually(PATIENCE, "it does not serve", || {
+        let app = look()["stream_upstreams"]["app"].clone();
+        app["sources"][1]["excluded"]["maintenance"] == 1
+    });
+}
+
+/// Where only stream has upstreams, they are all there is.
+#[test]
+fn the_status_shows_stream_alone() {
+    let stage = Stage::set("stream_status_alone");
+    let [one] = stage.web();
+    stage.register([&one]);
+    let conf = stage.nginx_of(STREAM).upstream_of(STREAM, "web", "consul_upstream web;");
+    let (conf, status) = with_status(&stage, conf);
+    let nginx = conf.start();
+    serves_anew(nginx.addr(), &["web-1"]);
+    eventually(PATIENCE, "all is in sync", || {
+        let seen = http::get(status, "/consul").unwrap().json();
+        let web = &seen["stream_upstreams"]["web"];
+        let ok = seen["in_sync"] == true
+            && seen["thread"]["state"] == "running"
+            && seen["upstreams"].as_object().is_some_and(|it| it.is_empty())
+            && web["peers"][0]["service_id"] == "web-1";
+        if ok { Ok(()) } else { Err(seen.to_string()) }
+    });
+}
+
 /// A module that has no upstream of its own starts nothing.
 #[test]
 fn loaded_and_not_used_it_starts_nothing() {

@@ -32,6 +32,7 @@ use crate::guard::guard;
 use crate::protocol::{Protocol, main_conf};
 use crate::{failpoint, log};
 
+pub mod about;
 mod apply;
 mod assembly;
 mod board;

@@ -22,6 +22,7 @@ const APART: u32 = 10;
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// The measure, in memory that all workers share. Zeroed memory is none.
+#[repr(C)]
 pub struct Cost {
     /// The last two, in microseconds: once may be an accident.
     last: AtomicU32,

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use consul_status::Text;
-use consul_status::model::{Cause, KeptBy, Reason, Sign, Status, Sync};
+use consul_status::model::{Cause, Health, KeptBy, Reason, Sign, Status, Sync};
 use serde::{Deserialize, Serialize};
 
 use super::clock::Moment;
@@ -177,7 +177,7 @@ macro_rules! places {
     )+};
 }
 
-places!(Cause, KeptBy, Reason, Sign, Status);
+places!(Cause, Health, KeptBy, Reason, Sign, Status);
 
 impl Heard {
     /// Whether there was no good answer for too long, or somebody has to do something first.

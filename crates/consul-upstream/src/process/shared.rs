@@ -9,6 +9,7 @@ use nginx_sys::{
     ngx_slab_calloc, ngx_slab_page_t, ngx_slab_pool_t, ngx_str_t,
 };
 
+use super::about::About;
 use super::board::{self, Place};
 use super::clock::Moment;
 use super::cost::Cost;
@@ -19,8 +20,24 @@ use crate::protocol::Protocol;
 /// nginx's `NGX_MAX_PROCESSES`.
 const PROCESSES: usize = 1024;
 
+/// Says of which shape the content is: the module of another protocol, which may be of another version,
+/// reads it as well.
+const SHAPE: u64 = {
+    let version = env!("CARGO_PKG_VERSION").as_bytes();
+    let mut sum = 0xcbf2_9ce4_8422_2325_u64 ^ (size_of::<Shared>() as u64) << 32;
+    let mut n = 0;
+    while n < version.len() {
+        sum = (sum ^ version[n] as u64).wrapping_mul(0x0100_0000_01b3);
+        n += 1;
+    }
+    sum
+};
+
 /// The zone's content. Zeroed memory is a valid one.
+#[repr(C)]
 pub struct Shared {
+    /// [`SHAPE`].
+    shape: AtomicU64,
     /// New workers may take requests; see [`super::gate`].
     pub open: AtomicBool,
     /// The process that is each worker, by its number; 0 for none.
@@ -29,10 +46,13 @@ pub struct Shared {
     pub edit: AtomicU64,
     /// For each upstream, behind this structure.
     costs: AtomicPtr<Cost>,
-    /// What is known of each upstream, and behind them of the consul thread.
+    /// What is known of each upstream, and behind them of the consul thread; then what the configuration
+    /// says of each upstream.
     places: AtomicPtr<Place>,
     /// How many upstreams there are.
     upstreams: AtomicUsize,
+    /// How many connections there may be to one agent.
+    max_connections: AtomicUsize,
     /// When the zone was made.
     loaded: AtomicU64,
     /// When the consul thread last said that it lives; 0 is never.
@@ -78,10 +98,11 @@ fn size<P: Protocol>(main: &MainConf<P>) -> usize {
     8 * page + (used + pages(used * size_of::<ngx_slab_page_t>())) * page
 }
 
-/// How many bytes each record may have: of the upstreams, and of the thread.
+/// How many bytes each record may have: of the upstreams, of the thread, and what the configuration says.
 fn rooms<P: Protocol>(main: &MainConf<P>) -> impl Iterator<Item = usize> {
     let upstreams = main.upstreams.iter().map(|upstream| board::room(upstream.sources.len()));
-    upstreams.chain([board::room(0)])
+    let abouts = main.upstreams.iter().map(|upstream| About::new(upstream).encode().len());
+    upstreams.chain([board::room(0)]).chain(abouts)
 }
 
 /// # Safety
@@ -110,7 +131,10 @@ unsafe extern "C" fn init<P: Protocol>(
             (*shared).places.store(places, Ordering::Relaxed);
             (*shared).upstreams.store(upstreams, Ordering::Relaxed);
             (*shared).loaded.store(Moment::now().0, Ordering::Relaxed);
-            let names = main.upstreams.iter().map(|upstream| Some(&*upstream.name)).chain([None]);
+            (*shared).max_connections.store(main.max_connections(), Ordering::Relaxed);
+            (*shared).shape.store(SHAPE, Ordering::Relaxed);
+            let names = main.upstreams.iter().map(|upstream| Some(&*upstream.name));
+            let names = names.chain(core::iter::repeat(None));
             for (number, (name, room)) in names.zip(rooms(main)).enumerate() {
                 let place = &*places.add(number);
                 let name = name.map_or(0, hash);
@@ -127,6 +151,10 @@ unsafe extern "C" fn init<P: Protocol>(
                     }
                     (*shared).cost(number).add_repaired(old.cost(before).repaired());
                 }
+            }
+            // nginx makes zones in the order of the configuration: those of the upstreams are there.
+            for (number, upstream) in main.upstreams.iter().enumerate() {
+                (*shared).about(number).write(&About::with_list(upstream).encode());
             }
             (*zone).data = shared.cast();
             NGX_OK as ngx_int_t
@@ -148,13 +176,14 @@ fn costs(upstreams: usize) -> usize {
 
 /// How many bytes the places of so many upstreams, and of the thread, take.
 fn places(upstreams: usize) -> usize {
-    (upstreams + 1) * size_of::<Place>()
+    (2 * upstreams + 1) * size_of::<Place>()
 }
 
 impl Shared {
-    /// The places of the upstreams, in the configuration's order, and of the thread.
+    /// The places of the upstreams, in the configuration's order, of the thread, and of what the
+    /// configuration says.
     fn all(&self) -> &[Place] {
-        let len = self.upstreams.load(Ordering::Relaxed) + 1;
+        let len = 2 * self.upstreams() + 1;
         // SAFETY: `init` has made so many, before anybody has this structure.
         unsafe { core::slice::from_raw_parts(self.places.load(Ordering::Relaxed), len) }
     }
@@ -166,7 +195,22 @@ impl Shared {
 
     /// What is known of the consul thread.
     pub fn thread_place(&self) -> &Place {
-        &self.all()[self.upstreams.load(Ordering::Relaxed)]
+        &self.all()[self.upstreams()]
+    }
+
+    /// What the configuration says of an upstream; it is one of those that the zone was made for.
+    pub fn about(&self, upstream: usize) -> &Place {
+        &self.all()[self.upstreams() + 1 + upstream]
+    }
+
+    /// How many upstreams there are.
+    pub fn upstreams(&self) -> usize {
+        self.upstreams.load(Ordering::Relaxed)
+    }
+
+    /// How many connections there may be to one agent.
+    pub fn max_connections(&self) -> usize {
+        self.max_connections.load(Ordering::Relaxed)
     }
 
     /// When the zone was made.
@@ -201,6 +245,19 @@ impl Shared {
     pub unsafe fn of<P: Protocol>(main: &MainConf<P>) -> &Self {
         // SAFETY: `init` has made it, and the mapping lasts as long as the cycle.
         unsafe { &*(*main.shared.0).data.cast::<Self>() }
+    }
+
+    /// That of a zone, whichever module has made it; none where it is of another shape.
+    ///
+    /// # Safety
+    ///
+    /// `zone` is a zone of a cycle in use, with a name of ours.
+    pub unsafe fn of_zone(zone: *mut ngx_shm_zone_t) -> Option<&'static Self> {
+        // SAFETY: the first word of all shapes says which it is; the mapping lasts as long as the cycle.
+        unsafe {
+            let shape = (*zone).data.cast::<AtomicU64>().as_ref()?;
+            (shape.load(Ordering::Relaxed) == SHAPE).then(|| &*(*zone).data.cast::<Self>())
+        }
     }
 
     /// This process is the worker of this number.
