@@ -1,10 +1,8 @@
 //! What differs in http.
 
 use core::ptr;
-use core::sync::atomic::AtomicPtr;
 
 use consul_upstream::conf::{MainConf, ServerConf};
-use consul_upstream::process::Applier;
 use consul_upstream::{Attempt, Protocol};
 use nginx_sys::{
     NGX_HTTP_MAIN_CONF, NGX_HTTP_MAIN_CONF_OFFSET, NGX_HTTP_SRV_CONF_OFFSET, NGX_HTTP_UPS_CONF,
@@ -37,35 +35,15 @@ unsafe impl HttpModuleServerConf for ConsulUpstream {
     type ServerConf = ServerConf<Self>;
 }
 
-static APPLIER: AtomicPtr<Applier<ConsulUpstream>> = AtomicPtr::new(ptr::null_mut());
-
 // SAFETY: all is http's.
 unsafe impl Protocol for ConsulUpstream {
     type Upstream = ngx_http_upstream_srv_conf_t;
     type Held = ();
 
-    const NAME: &'static str = "http";
-    const BLOCK: u32 = NGX_HTTP_MAIN_CONF;
-    const UPSTREAM_BLOCK: u32 = NGX_HTTP_UPS_CONF;
-    const MAIN_OFFSET: usize = NGX_HTTP_MAIN_CONF_OFFSET;
-    const SERVER_OFFSET: usize = NGX_HTTP_SRV_CONF_OFFSET;
-    const ZONE: &'static str = "consul_upstream";
-    const STATE: &'static str = "";
-
-    fn module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_http_consul_upstream_module)
-    }
-
-    fn block_module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_http_module)
-    }
-
-    fn upstream_module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_http_upstream_module)
-    }
-
-    fn applier() -> &'static AtomicPtr<Applier<Self>> {
-        &APPLIER
+    consul_upstream::names! {
+        ConsulUpstream; ngx_http_consul_upstream_module, ngx_http_module, ngx_http_upstream_module;
+        NGX_HTTP_MAIN_CONF, NGX_HTTP_UPS_CONF; NGX_HTTP_MAIN_CONF_OFFSET, NGX_HTTP_SRV_CONF_OFFSET;
+        "consul_upstream", ""
     }
 
     unsafe fn configured(cycle: *mut ngx_cycle_t) {

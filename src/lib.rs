@@ -6,7 +6,7 @@
 //! consul-watch, the peer list in shared memory that of nginx-peers.
 
 use consul_upstream::conf;
-use nginx_sys::{NGX_HTTP_MODULE, NGX_OK, ngx_command_t, ngx_conf_t, ngx_http_module_t, ngx_int_t};
+use nginx_sys::{NGX_HTTP_MODULE, NGX_OK, ngx_conf_t, ngx_http_module_t, ngx_int_t};
 
 use self::http::ConsulUpstream;
 
@@ -41,20 +41,8 @@ unsafe extern "C" fn begin(cf: *mut ngx_conf_t) -> ngx_int_t {
     }
 }
 
-static mut COMMANDS: [ngx_command_t; 18] =
-    conf::commands::<ConsulUpstream, 1, 18>([status::COMMAND]);
-
-consul_upstream::tables!(
-    ConsulUpstream,
-    ngx_http_consul_upstream_module(
-        c"ngx_http_consul_upstream_module",
-        NGX_HTTP_MODULE,
-        CONTEXT,
-        COMMANDS
-    ),
-    ngx_consul_upstream_recovery_module(
-        c"ngx_consul_upstream_recovery_module",
-        "consul_upstream_recovery"
-    ),
-    c"ngx_http_upstream_zone_module",
-);
+consul_upstream::tables! {
+    ConsulUpstream, NGX_HTTP_MODULE, CONTEXT, status::COMMAND, c"ngx_http_upstream_zone_module";
+    ngx_http_consul_upstream_module c"ngx_http_consul_upstream_module";
+    ngx_consul_upstream_recovery_module c"ngx_consul_upstream_recovery_module" "consul_upstream_recovery"
+}

@@ -127,13 +127,19 @@ fn errors_are_those_of_http() {
     assert!(said(Protocol::Http, drop).contains("unknown directive \"consul_session_drop\""));
 }
 
-#[test]
-fn max_conns_bounds_the_sessions_of_an_instance() {
-    let stage = Stage::set("stream_max_conns");
+/// Two instances that keep their sessions.
+fn two_greeters(name: &str) -> (Stage, [Greeter; 2]) {
+    let stage = Stage::set(name);
     let greeters = [20, 21].map(|host| Greeter::start(&stage.net, host, &format!("g{host}")));
     for (n, greeter) in greeters.iter().enumerate() {
         stage.consul.register(&Service::new("web", &format!("web-{n}"), greeter.addr()));
     }
+    (stage, greeters)
+}
+
+#[test]
+fn max_conns_bounds_the_sessions_of_an_instance() {
+    let (stage, greeters) = two_greeters("stream_max_conns");
     let nginx = stage
         .nginx_of(STREAM)
         .workers(2)
@@ -707,11 +713,7 @@ fn sessions(
     each: usize,
     upstream: &str,
 ) -> (Stage, [Greeter; 2], Nginx, [Vec<Greeted>; 2]) {
-    let stage = Stage::set(name);
-    let greeters = [20, 21].map(|host| Greeter::start(&stage.net, host, &format!("g{host}")));
-    for (n, greeter) in greeters.iter().enumerate() {
-        stage.consul.register(&Service::new("web", &format!("web-{n}"), greeter.addr()));
-    }
+    let (stage, greeters) = two_greeters(name);
     let nginx = stage
         .nginx_of(STREAM)
         .workers(2)

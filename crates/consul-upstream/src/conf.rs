@@ -285,14 +285,18 @@ macro_rules! command {
 const ONE: u32 = NGX_CONF_TAKE1;
 const SOME: u32 = NGX_CONF_1MORE;
 
-/// The directives of both protocols, then those that one of them has of its own, and the end.
-pub const fn commands<P: Protocol, const OWN: usize, const ALL: usize>(
-    own: [ngx_command_t; OWN],
-) -> [ngx_command_t; ALL] {
+/// How many directives both protocols have.
+const BOTH: usize = 16;
+
+/// The length of a table: with the one that a protocol has of its own, and the end.
+pub const COMMANDS: usize = BOTH + 2;
+
+/// The directives of both protocols, then the one that a protocol has of its own, and the end.
+pub const fn commands<P: Protocol>(own: ngx_command_t) -> [ngx_command_t; COMMANDS] {
     let upstream = P::UPSTREAM_BLOCK;
     let levels = P::BLOCK | upstream;
     let (block, server, main) = (P::BLOCK, P::SERVER_OFFSET, P::MAIN_OFFSET);
-    let both = [
+    let both: [ngx_command_t; BOTH] = [
         command!(c"consul_upstream", upstream | SOME, server, source::add),
         command!(c"consul_address", levels | SOME, server, settings::address),
         command!(c"consul_token", levels | ONE, server, settings::token),
@@ -310,12 +314,12 @@ pub const fn commands<P: Protocol, const OWN: usize, const ALL: usize>(
         command!(c"consul_state_path", block | ONE, main, main::state_path),
         command!(c"consul_start_timeout", block | ONE, main, main::start_timeout),
     ];
-    assert!(ALL == both.len() + OWN + 1, "a table of another length");
-    let mut all = [ngx_command_t::empty(); ALL];
+    let mut all = [ngx_command_t::empty(); COMMANDS];
     let mut n = 0;
-    while n + 1 < ALL {
-        all[n] = if n < both.len() { both[n] } else { own[n - both.len()] };
+    while n < BOTH {
+        all[n] = both[n];
         n += 1;
     }
+    all[BOTH] = own;
     all
 }

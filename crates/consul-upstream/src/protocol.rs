@@ -33,8 +33,6 @@ pub unsafe trait Protocol: Sized + 'static {
     /// What the protocol notes with a session that holds a peer. No destructor is run.
     type Held: Copy + Default;
 
-    /// What the block of the protocol is called.
-    const NAME: &'static str;
     /// Where directives stand that hold for all upstreams.
     const BLOCK: u32;
     /// Where those of an upstream do.

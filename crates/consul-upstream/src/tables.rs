@@ -5,10 +5,8 @@
 #[macro_export]
 macro_rules! tables {
     (
-        $protocol:ty,
-        $module:ident($name:literal, $type:path, $context:ident, $commands:ident),
-        $recovery:ident($recovery_name:literal, $recovery_short:literal),
-        $zones:literal $(,)?
+        $protocol:ty, $type:path, $context:ident, $own:path, $zones:literal;
+        $module:ident $name:literal; $recovery:ident $recovery_name:literal $recovery_short:literal
     ) => {
         /// The modules in this file, for `load_module`.
         #[unsafe(no_mangle)]
@@ -28,6 +26,9 @@ macro_rules! tables {
         #[allow(non_upper_case_globals)]
         pub static mut ngx_module_order: [*const ::core::ffi::c_char; 3] =
             [$recovery_name.as_ptr(), $zones.as_ptr(), ::core::ptr::null()];
+
+        static mut COMMANDS: [$crate::nginx_sys::ngx_command_t; $crate::conf::COMMANDS] =
+            $crate::conf::commands::<$protocol>($own);
 
         static mut RECOVERY: $crate::nginx_sys::ngx_core_module_t =
             $crate::nginx_sys::ngx_core_module_t {
@@ -55,7 +56,7 @@ macro_rules! tables {
         #[allow(non_upper_case_globals)]
         pub static mut $module: $crate::nginx_sys::ngx_module_t = $crate::nginx_sys::ngx_module_t {
             ctx: ::core::ptr::addr_of!($context).cast_mut().cast(),
-            commands: ::core::ptr::addr_of_mut!($commands).cast(),
+            commands: ::core::ptr::addr_of_mut!(COMMANDS).cast(),
             type_: $type as _,
 
             init_module: Some($crate::process::init_module::<$protocol>),
@@ -64,5 +65,41 @@ macro_rules! tables {
 
             ..$crate::nginx_sys::ngx_module_t::default()
         };
+    };
+}
+
+/// The items of [`Protocol`](crate::Protocol) that are mere names: modules, places of directives, offsets in
+/// the context of the block, and what zone and states are called.
+#[macro_export]
+macro_rules! names {
+    (
+        $protocol:ty; $module:ident, $block_module:path, $upstream_module:path; $block:path,
+        $upstream:path; $main_offset:path, $server_offset:path; $zone:literal, $state:literal
+    ) => {
+        const BLOCK: u32 = $block;
+        const UPSTREAM_BLOCK: u32 = $upstream;
+        const MAIN_OFFSET: usize = $main_offset;
+        const SERVER_OFFSET: usize = $server_offset;
+        const ZONE: &'static str = $zone;
+        const STATE: &'static str = $state;
+
+        fn module() -> *mut $crate::nginx_sys::ngx_module_t {
+            ::core::ptr::addr_of_mut!($module)
+        }
+
+        fn block_module() -> *mut $crate::nginx_sys::ngx_module_t {
+            ::core::ptr::addr_of_mut!($block_module)
+        }
+
+        fn upstream_module() -> *mut $crate::nginx_sys::ngx_module_t {
+            ::core::ptr::addr_of_mut!($upstream_module)
+        }
+
+        fn applier() -> &'static ::core::sync::atomic::AtomicPtr<$crate::process::Applier<Self>> {
+            use ::core::sync::atomic::AtomicPtr;
+            static APPLIER: AtomicPtr<$crate::process::Applier<$protocol>> =
+                AtomicPtr::new(::core::ptr::null_mut());
+            &APPLIER
+        }
     };
 }

@@ -279,17 +279,14 @@ pub unsafe trait ServerAbi: Sized {
     unsafe fn is_backup(this: *mut Self) -> bool;
 }
 
-/// All of the traits for the types of one protocol.
+/// All of the traits for the types of one protocol, which the file that calls it has by the names here.
 macro_rules! implement {
-    (
-        $peer:ident, $peers:ident, $upstream:ident, $server:ident, $main:ident, $session:ident,
-        $free_locked:path, $prepare_session_id:path, $backup:path, $modify:path
-    ) => {
+    () => {
         // SAFETY: all is of nginx's own headers.
-        unsafe impl PeerAbi for $peer {
+        unsafe impl PeerAbi for Peer {
             peer_fields!(define);
 
-            const NAME: usize = core::mem::offset_of!($peer, name);
+            const NAME: usize = core::mem::offset_of!(Peer, name);
 
             unsafe fn is_resolved(this: *mut Self) -> bool {
                 // SAFETY: the peer is live, says the caller; the field is written before it is
@@ -305,23 +302,23 @@ macro_rules! implement {
 
             unsafe fn prepare_session_id(this: *mut Self, pool: *mut ngx_slab_pool_t) -> bool {
                 // SAFETY: the caller's promise.
-                unsafe { $prepare_session_id(this, pool) }
+                unsafe { prepare_session_id(this, pool) }
             }
 
             unsafe fn free_locked(this: *mut Self, pool: *mut ngx_slab_pool_t) {
                 // SAFETY: nginx's function looks at the list for its pool alone, so one that has
                 // nothing else serves; the rest is the caller's promise.
                 unsafe {
-                    let mut list: $peers = core::mem::zeroed();
+                    let mut list: Peers = core::mem::zeroed();
                     list.shpool = pool;
-                    $free_locked(&mut list, this);
+                    free_locked(&mut list, this);
                 }
             }
         }
 
         // SAFETY: as above.
-        unsafe impl PeersAbi for $peers {
-            type Peer = $peer;
+        unsafe impl PeersAbi for Peers {
+            type Peer = Peer;
 
             list_fields!(define);
 
@@ -340,13 +337,13 @@ macro_rules! implement {
         }
 
         // SAFETY: as above.
-        unsafe impl UpstreamAbi for $upstream {
-            type Peers = $peers;
-            type Server = $server;
-            type Session = $session;
+        unsafe impl UpstreamAbi for Upstream {
+            type Peers = Peers;
+            type Server = Server;
+            type Session = Session;
 
-            const BACKUP: ngx_uint_t = $backup as ngx_uint_t;
-            const MODIFY: ngx_uint_t = $modify as ngx_uint_t;
+            const BACKUP: ngx_uint_t = BACKUP as ngx_uint_t;
+            const MODIFY: ngx_uint_t = MODIFY as ngx_uint_t;
 
             upstream_fields!(define);
 
@@ -363,14 +360,14 @@ macro_rules! implement {
             unsafe fn all<'a>(data: *mut c_void) -> &'a [*mut Self] {
                 // SAFETY: the array is nginx's, of pointers to this type.
                 unsafe {
-                    let upstreams = &(*data.cast::<$main>()).upstreams;
+                    let upstreams = &(*data.cast::<Main>()).upstreams;
                     core::slice::from_raw_parts(upstreams.elts.cast(), upstreams.nelts)
                 }
             }
         }
 
         // SAFETY: as above.
-        unsafe impl ServerAbi for $server {
+        unsafe impl ServerAbi for Server {
             server_fields!(define);
 
             unsafe fn is_backup(this: *mut Self) -> bool {

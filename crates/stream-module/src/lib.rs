@@ -5,7 +5,7 @@
 compile_error!("nginx is configured without stream, or without zones in it: see --with-stream");
 
 use consul_upstream::conf;
-use nginx_sys::{NGX_STREAM_MODULE, ngx_command_t, ngx_stream_module_t};
+use nginx_sys::{NGX_STREAM_MODULE, ngx_stream_module_t};
 
 use self::stream::ConsulUpstream;
 
@@ -21,20 +21,8 @@ static CONTEXT: ngx_stream_module_t = ngx_stream_module_t {
     merge_srv_conf: None,
 };
 
-static mut COMMANDS: [ngx_command_t; 18] =
-    conf::commands::<ConsulUpstream, 1, 18>([sessions::COMMAND]);
-
-consul_upstream::tables!(
-    ConsulUpstream,
-    ngx_stream_consul_upstream_module(
-        c"ngx_stream_consul_upstream_module",
-        NGX_STREAM_MODULE,
-        CONTEXT,
-        COMMANDS
-    ),
-    ngx_stream_consul_upstream_recovery_module(
-        c"ngx_stream_consul_upstream_recovery_module",
-        "stream_consul_upstream_recovery"
-    ),
-    c"ngx_stream_upstream_zone_module",
-);
+consul_upstream::tables! {
+    ConsulUpstream, NGX_STREAM_MODULE, CONTEXT, sessions::COMMAND, c"ngx_stream_upstream_zone_module";
+    ngx_stream_consul_upstream_module c"ngx_stream_consul_upstream_module";
+    ngx_stream_consul_upstream_recovery_module c"ngx_stream_consul_upstream_recovery_module" "stream_consul_upstream_recovery"
+}

@@ -1,14 +1,12 @@
 //! What differs in stream.
 
 use core::ptr;
-use core::sync::atomic::AtomicPtr;
 
-use consul_upstream::process::Applier;
 use consul_upstream::{Attempt, Peer, Protocol};
 use nginx_sys::{
     NGX_STREAM_MAIN_CONF, NGX_STREAM_MAIN_CONF_OFFSET, NGX_STREAM_SRV_CONF_OFFSET,
-    NGX_STREAM_UPS_CONF, ngx_current_msec, ngx_module_t, ngx_msec_t, ngx_peer_connection_t,
-    ngx_pool_t, ngx_stream_module, ngx_stream_session_t, ngx_stream_upstream_module,
+    NGX_STREAM_UPS_CONF, ngx_current_msec, ngx_msec_t, ngx_peer_connection_t, ngx_pool_t,
+    ngx_stream_module, ngx_stream_session_t, ngx_stream_upstream_module,
     ngx_stream_upstream_srv_conf_t,
 };
 
@@ -18,35 +16,15 @@ use crate::sessions::{self, Held};
 /// The module, as the crate consul-upstream knows it.
 pub struct ConsulUpstream;
 
-static APPLIER: AtomicPtr<Applier<ConsulUpstream>> = AtomicPtr::new(ptr::null_mut());
-
 // SAFETY: all is stream's.
 unsafe impl Protocol for ConsulUpstream {
     type Upstream = ngx_stream_upstream_srv_conf_t;
     type Held = Held;
 
-    const NAME: &'static str = "stream";
-    const BLOCK: u32 = NGX_STREAM_MAIN_CONF;
-    const UPSTREAM_BLOCK: u32 = NGX_STREAM_UPS_CONF;
-    const MAIN_OFFSET: usize = NGX_STREAM_MAIN_CONF_OFFSET;
-    const SERVER_OFFSET: usize = NGX_STREAM_SRV_CONF_OFFSET;
-    const ZONE: &'static str = "consul_upstream_stream";
-    const STATE: &'static str = "stream~";
-
-    fn module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_stream_consul_upstream_module)
-    }
-
-    fn block_module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_stream_module)
-    }
-
-    fn upstream_module() -> *mut ngx_module_t {
-        ptr::addr_of_mut!(ngx_stream_upstream_module)
-    }
-
-    fn applier() -> &'static AtomicPtr<Applier<Self>> {
-        &APPLIER
+    consul_upstream::names! {
+        ConsulUpstream; ngx_stream_consul_upstream_module, ngx_stream_module, ngx_stream_upstream_module;
+        NGX_STREAM_MAIN_CONF, NGX_STREAM_UPS_CONF; NGX_STREAM_MAIN_CONF_OFFSET, NGX_STREAM_SRV_CONF_OFFSET;
+        "consul_upstream_stream", "stream~"
     }
 
     unsafe fn pool(session: *mut ngx_stream_session_t) -> *mut ngx_pool_t {

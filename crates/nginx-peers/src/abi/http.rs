@@ -3,7 +3,7 @@
 
 use nginx_sys::{
     NGX_HTTP_UPSTREAM_BACKUP as BACKUP, NGX_HTTP_UPSTREAM_MODIFY as MODIFY,
-    ngx_http_request_t as Request, ngx_http_upstream_main_conf_t as Main,
+    ngx_http_request_t as Session, ngx_http_upstream_main_conf_t as Main,
     ngx_http_upstream_rr_peer_t as Peer, ngx_http_upstream_rr_peers_t as Peers,
     ngx_http_upstream_server_t as Server, ngx_http_upstream_srv_conf_t as Upstream,
 };
@@ -16,18 +16,7 @@ pub use crate::inline::{
     nginx_request_set_header_only as set_header_only,
 };
 
-implement!(
-    Peer,
-    Peers,
-    Upstream,
-    Server,
-    Main,
-    Request,
-    free_locked,
-    prepare_session_id,
-    BACKUP,
-    MODIFY
-);
+implement!();
 
 /// The session ID that `sticky` routes by.
 ///

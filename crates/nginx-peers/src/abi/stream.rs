@@ -10,24 +10,13 @@ use nginx_sys::{
 use super::*;
 use crate::inline::ngx_stream_upstream_rr_peer_free_locked as free_locked;
 
-implement!(
-    Peer,
-    Peers,
-    Upstream,
-    Server,
-    Main,
-    Session,
-    free_locked,
-    no_session_id,
-    BACKUP,
-    MODIFY
-);
+implement!();
 
 /// There is no `sticky` here.
 ///
 /// # Safety
 ///
 /// As [`PeerAbi::prepare_session_id`].
-unsafe fn no_session_id(_: *mut Peer, _: *mut ngx_slab_pool_t) -> bool {
+unsafe fn prepare_session_id(_: *mut Peer, _: *mut ngx_slab_pool_t) -> bool {
     true
 }
