@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use testbed::http::{self, Conn};
 use testbed::{
-    Check, Consul, Dir, Load, Net, Nginx, Options, Process, Service, Status, backend, eventually,
-    paths,
+    Check, Consul, Dir, Load, Net, Nginx, Options, Process, Protocol, Service, Status, backend,
+    eventually, paths,
 };
 
 const WORKERS: usize = 2;
@@ -32,6 +32,17 @@ upstream web {
     zone            web 256k;
     consul_upstream web max_fails=0;
 }";
+
+/// The same service over TCP, whose connections do not outlive their instances.
+const STREAM: &str = "\
+upstream tcp {
+    zone            tcp 256k;
+    consul_upstream web max_fails=0;
+    consul_session_drop on;
+}";
+
+/// How many connections are open over TCP when an instance goes.
+const OPEN: usize = 20;
 
 /// How many requests show how they spread after each step.
 const SHOWN: usize = 300;
@@ -73,7 +84,8 @@ fn serve(addr: &str, name: &str) -> Result<bool, String> {
 fn demo() -> Result<bool, String> {
     // All that may be missing, before anything is started.
     let (nginx, consul) = (paths::nginx()?, paths::consul()?);
-    paths::module(testbed::Protocol::Http)?;
+    paths::module(Protocol::Http)?;
+    paths::module(Protocol::Stream)?;
 
     let mut stage = Stage::set()?;
     stage.introduce(&version(&nginx, "-v"), &version(&consul, "version"));
@@ -163,6 +175,9 @@ impl Stage {
             .server("web")
             .listen(status)
             .http(format!("server {{ listen {status}; location / {{ consul_status; }} }}"))
+            .stream(format!("consul_address {};", consul.url()))
+            .stream(STREAM)
+            .server_of(Protocol::Stream, "tcp")
             .try_start()?;
         Ok(Stage { nginx, consul, backends, status, dir })
     }
@@ -199,6 +214,10 @@ impl Stage {
             // Before the first instance there is nothing to lose.
             load.get_or_insert_with(|| Load::start(self.nginx.addr(), &options));
         }
+        all_seen &= self.play_stream().unwrap_or_else(|error| {
+            println!("{error}");
+            false
+        });
         println!("\n  * its check by Consul runs once a second; until then nginx finds another\n");
         let report = load.expect("there are steps").stop();
         println!(
@@ -260,6 +279,38 @@ impl Stage {
         Ok(spread.keys().map(String::as_str).collect::<BTreeSet<_>>() == expected)
     }
 
+    /// The last step, over TCP: of two instances that have connections one is deregistered. Its
+    /// connections are closed, those of the other one go on.
+    fn play_stream(&mut self) -> Result<bool, String> {
+        let tcp = self.nginx.addrs()[2];
+        print!("  {:<30} ", "web-3 deregistered, over TCP");
+        let _ = io::stdout().flush();
+        let mut open: BTreeMap<String, Vec<Conn>> = BTreeMap::new();
+        for _ in 0..OPEN {
+            let mut conn = Conn::open(tcp).map_err(|error| error.to_string())?;
+            let answer = conn.get("/").map_err(|error| format!("over TCP: {error}"))?;
+            open.entry(answer.backend().to_owned()).or_default().push(conn);
+        }
+        let (mut gone, mut stays) =
+            (open.remove("web-3").unwrap_or_default(), open.remove("web-2").unwrap_or_default());
+        let (had, has) = (gone.len(), stays.len());
+        let begin = Instant::now();
+        self.consul.deregister("web-3");
+        while !gone.is_empty() {
+            gone.retain_mut(|conn| conn.get("/").is_ok());
+            if begin.elapsed() > PATIENCE {
+                return Err(format!("{} of {had} connections are open still", gone.len()));
+            }
+        }
+        let closed = begin.elapsed();
+        let alive = stays.iter_mut().filter_map(|conn| conn.get("/").ok()).count();
+        println!(
+            "{:>12.1} ms   {had} connections to web-3 closed, {alive} of {has} to web-2 go on",
+            closed.as_secs_f64() * 1e3
+        );
+        Ok(open.is_empty() && had > 0 && has > 0 && alive == has)
+    }
+
     fn register(&self, which: &[usize]) {
         let services: Vec<Service> =
             which.iter().map(|&n| self.backends[n].service.clone()).collect();
@@ -287,7 +338,7 @@ impl Stage {
 
     {consul} maint -http-addr={api} -enable -service=web-2
     {consul} maint -http-addr={api} -disable -service=web-2
-    {consul} services deregister -http-addr={api} -id=web-3
+    {consul} services deregister -http-addr={api} -id=web-2
     curl -X PUT {api}/v1/agent/service/register -d \
       '{{"Name":"web","ID":"web-3","Address":"{}","Port":{}}}'
     {demo} backend {} web-1    # the killed one is back"#,

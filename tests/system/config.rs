@@ -6,7 +6,10 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
-use testbed::{Authority, Backend, Certificate, Dir, Net, Nginx, Process, Service, http, nginx};
+use testbed::{
+    Authority, Backend, Certificate, Dir, Greeted, Greeter, Net, Nginx, Process, Service, http,
+    nginx,
+};
 
 use crate::common::{
     Instance, PATIENCE, RETRIED, Serve, Stage, asking, serves, serves_now, shares, text, watch,
@@ -1223,6 +1226,57 @@ fn example_secure() {
 }
 
 #[test]
+fn example_databases() {
+    let mut example = Example::read("databases.conf");
+    let (net, status) = (example.stage.net.clone(), example.server);
+    let [writers, readers] = [5432, 5433].map(|port| {
+        let addr: std::net::SocketAddr = (net.ip(1), net.port()).into();
+        example.put(&format!("listen {port};"), &format!("listen {addr};"));
+        addr
+    });
+    if let Some(module) = testbed::paths::nginx_stream().unwrap() {
+        let ours = "load_module modules/ngx_stream_consul_upstream_module.so;";
+        example.put(ours, &format!("load_module {};\n{ours}", module.display()));
+    }
+    let greeters = [20, 21, 22].map(|host| Greeter::start(&net, host, &format!("pg-{host}")));
+    let register = |example: &Example, roles: [&str; 3]| {
+        let services: Vec<Service> = greeters
+            .iter()
+            .zip(roles)
+            .enumerate()
+            .map(|(n, (greeter, role))| {
+                Service::new("postgres", &format!("pg-{n}"), greeter.addr()).tag(role)
+            })
+            .collect();
+        example.register(&services);
+    };
+    register(&example, ["primary", "replica", "replica"]);
+    let nginx = example.start();
+    let open = |addr| Greeted::open(addr).map_err(text);
+    let writer = watch("the primary", || open(writers));
+    assert_eq!(writer.name, "pg-20");
+    let reader = open(readers).unwrap();
+    assert_ne!(reader.name, "pg-20");
+    let seen = http::get(status, "/").unwrap().json();
+    assert_eq!(seen["stream_upstreams"]["replicas"]["peers"].as_array().unwrap().len(), 3);
+
+    // A fail-over: the writer is told, and the next one meets the new primary.
+    register(&example, ["replica", "primary", "replica"]);
+    watch("the old session is closed", || writer.is_closed().then_some(()).ok_or(String::new()));
+    watch("the new primary", || {
+        open(writers).and_then(|it| if it.name == "pg-21" { Ok(()) } else { Err(it.name.clone()) })
+    });
+    // Without replicas the primary reads.
+    for n in [0, 2] {
+        example.stage.consul.maintenance(&format!("pg-{n}"), true, "a test");
+    }
+    watch("the primary reads", || {
+        open(readers).and_then(|it| if it.name == "pg-21" { Ok(()) } else { Err(it.name.clone()) })
+    });
+    drop(nginx);
+}
+
+#[test]
 fn example_status() {
     let mut example = Example::read("status.conf");
     let status = (example.stage.net.ip(90), example.stage.net.port()).into();
@@ -1263,6 +1317,7 @@ fn every_example_has_a_test() {
     names.sort();
     let tested = [
         "classic.conf",
+        "databases.conf",
         "datacenters.conf",
         "minimal.conf",
         "secure.conf",
