@@ -7,12 +7,12 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use testbed::http::{Answer, Conn};
 use testbed::nginx::Builder;
-use testbed::{Backend, Dir, Load, Net, Nginx, Options, eventually};
+use testbed::{Backend, Dir, Load, Net, Nginx, Options, Report, eventually};
 
 use crate::balancers::METHODS;
 use crate::common::{PATIENCE, asking, scaled};
@@ -21,6 +21,10 @@ use crate::fake_consul::{FakeConsul, entry};
 /// How long a server that resets keeps a request, and how often the list changes meanwhile.
 const HELD: Duration = Duration::from_millis(60);
 const PACE: Duration = Duration::from_millis(30);
+
+/// For how long each method is under load at least: `least_conn` asks servers that keep a request
+/// seldom, and so many times they show all the same.
+const LOADED: Duration = Duration::from_secs(4);
 
 /// A server that takes requests, keeps each a while, and resets the connection.
 struct Resetting {
@@ -69,6 +73,7 @@ fn each_method(conf: Builder, upstream: &str) -> Builder {
 
 /// Load on each of an nginx's servers: how many requests were lost, for each.
 fn lost(nginx: &Nginx, each: u64) -> Vec<u64> {
+    let begin = Instant::now();
     let loads: Vec<Load> = nginx
         .addrs()
         .iter()
@@ -82,15 +87,21 @@ fn lost(nginx: &Nginx, each: u64) -> Vec<u64> {
             Load::start(*addr, &options)
         })
         .collect();
-    loads.iter().for_each(|load| load.wait_for(each));
-    let reports = loads.into_iter().map(Load::stop);
-    reports
-        .enumerate()
-        .map(|(n, report)| {
-            println!("{:?}: {report}", METHODS[n]);
-            report.lost
-        })
-        .collect()
+    // Each ends when it has had enough: the quickest would otherwise open a hundred times as many
+    // connections as the slowest, and the kernel's table of them is bounded.
+    let reports: Vec<Report> = thread::scope(|scope| {
+        let end = |load: Load| {
+            load.wait_for(each);
+            thread::sleep(LOADED.saturating_sub(begin.elapsed()));
+            load.stop()
+        };
+        let ends: Vec<_> = loads.into_iter().map(|load| scope.spawn(move || end(load))).collect();
+        ends.into_iter().map(|end| end.join().unwrap()).collect()
+    });
+    for (method, report) in METHODS.iter().zip(&reports) {
+        println!("{method:?}: {report}");
+    }
+    reports.iter().map(|report| report.lost).collect()
 }
 
 /// Six good servers, one of which comes and goes, and two that reset. With the cure nothing is lost;
