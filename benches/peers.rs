@@ -122,7 +122,7 @@ fn measure(size: &Size) -> bool {
             .http(format!("upstream web {{ {zone} {servers} {KEPT} }}"))
             .server("web")
     };
-    // What a zone must have for one of them is needed for the first as well.
+    // What a zone has beside its servers, it has with the first of them.
     let least = |servers: &[String]| {
         least_zone(|kilobytes| stock(&format!("zone web {kilobytes}k;"), servers))
     };
