@@ -253,9 +253,8 @@ impl<P: Protocol> Balancer<P> {
                     return ERROR;
                 }
                 // SAFETY: the upstream is that of a live request.
-                if let Some(cost) =
-                    unsafe { server_conf::<P>(self.upstream).and_then(|it| (*it).cost) }
-                {
+                let cost = unsafe { server_conf::<P>(self.upstream).and_then(|it| (*it).cost) };
+                if let Some(cost) = cost {
                     cost.add_repaired(1);
                 }
                 continue;
