@@ -10,6 +10,7 @@
 //! expects its own.
 
 use core::ffi::c_void;
+use core::ptr::NonNull;
 use core::{ptr, slice};
 use std::time::Instant;
 
@@ -24,6 +25,7 @@ use nginx_sys::{
 #[cfg(any(ngx_feature = "ssl", ngx_feature = "compat"))]
 use nginx_sys::{ngx_event_save_peer_session_pt, ngx_event_set_peer_session_pt};
 
+use crate::conf::ServerConf;
 use crate::conf::finish::server_conf;
 use crate::failpoint;
 use crate::protocol::{Peer, Peers, Protocol, Session};
@@ -41,8 +43,8 @@ struct Balancer<P: Protocol> {
     /// The list's change counter before the balancer was initialised.
     config: ngx_uint_t,
     attempts: Attempts,
-    /// The peer that the request holds, if it has a meter.
-    peer: *mut Peer<P>,
+    /// The peer that the request holds, and its meter, if it has one.
+    peer: Option<(*mut Peer<P>, NonNull<Meter>)>,
     /// What the protocol notes of that.
     held: P::Held,
 }
@@ -91,7 +93,7 @@ pub unsafe extern "C" fn init_peer<P: Protocol>(
             Some(limit) => Attempts::new(limit),
             None => Attempts::limited_by(&mut (*pc).tries),
         };
-        let (peer, held) = (ptr::null_mut(), P::Held::default());
+        let (peer, held) = (None, P::Held::default());
         balancer.write(Balancer { request, upstream, inner, config, attempts, peer, held });
         (*balancer).wrap(pc);
         OK
@@ -117,17 +119,29 @@ unsafe fn init_inner<P: Protocol>(
         (*pc).notify = None;
         let Some(conf) = server_conf::<P>(upstream) else { return (config, ERROR) };
         let Some(init) = (*conf).init_peer else { return (config, ERROR) };
-        // The first request after a change is the one that its preparations are made for.
-        let begin = ((*conf).seen != config).then(Instant::now);
-        let rc = init(request, upstream);
-        if let Some(begin) = begin {
-            (*conf).seen = config;
-            if let Some(cost) = (*conf).cost {
-                cost.add(begin.elapsed());
-            }
-        }
+        let rc = match (*conf).seen == config {
+            true => init(request, upstream),
+            false => note_cost(&mut *conf, config, || init(request, upstream)),
+        };
         (config, rc)
     }
+}
+
+/// Notes what a change costs: the first request after it is the one that the balancer's
+/// preparations are made for.
+#[cold]
+fn note_cost<P: Protocol>(
+    conf: &mut ServerConf<P>,
+    config: ngx_uint_t,
+    init: impl FnOnce() -> ngx_int_t,
+) -> ngx_int_t {
+    let begin = Instant::now();
+    let rc = init();
+    conf.seen = config;
+    if let Some(cost) = conf.cost {
+        cost.add(begin.elapsed());
+    }
+    rc
 }
 
 /// The upstream's list.
@@ -218,6 +232,7 @@ impl<P: Protocol> Balancer<P> {
     /// # Safety
     ///
     /// `pc` is the request's.
+    #[cold]
     unsafe fn restart(&mut self, pc: *mut ngx_peer_connection_t) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
@@ -301,18 +316,15 @@ impl<P: Protocol> Balancer<P> {
         unsafe {
             let pool = *Peers::<P>::shpool(list_of::<P>(self.upstream));
             let peer: *mut Peer<P> = (*pc).name.wrapping_byte_sub(Peer::<P>::NAME).cast();
-            let is_inside = peer.addr() > pool.addr() && peer.addr() < (*pool).end.addr();
-            let meter = if is_inside { Meter::of(peer, (*pool).end) } else { None };
-            self.peer = match meter {
-                Some(meter) => {
-                    // The time that nginx goes by, on the same clock.
-                    meter.picked(ngx_current_msec as u64);
-                    // Peers with a meter are ours.
-                    P::holds(self.request, self.upstream, peer, &mut self.held);
-                    peer
-                }
-                None => ptr::null_mut(),
-            };
+            let is_behind = peer.addr() > pool.addr();
+            let meter = if is_behind { Meter::of(peer, (*pool).end) } else { None };
+            self.peer = meter.map(|meter| {
+                // The time that nginx goes by, on the same clock.
+                meter.picked(ngx_current_msec as u64);
+                // Peers with a meter are ours.
+                P::holds(self.request, self.upstream, peer, &mut self.held);
+                (peer, meter.into())
+            });
         }
     }
 
@@ -322,15 +334,12 @@ impl<P: Protocol> Balancer<P> {
     ///
     /// The request holds the peer that it was given, still.
     unsafe fn count_end(&mut self, state: ngx_uint_t) {
-        let peer = core::mem::replace(&mut self.peer, ptr::null_mut());
-        if peer.is_null() {
-            return;
-        }
-        // SAFETY: the caller's promise; nginx completes the state of an attempt before this.
+        let Some((peer, meter)) = self.peer.take() else { return };
+        // SAFETY: the caller's promise, the meter goes with its peer; nginx completes the state of an
+        // attempt before this.
         unsafe {
             P::lets_go(&mut self.held);
-            let list = list_of::<P>(self.upstream);
-            let Some(meter) = Meter::of(peer, (*(*Peers::<P>::shpool(list))).end) else { return };
+            let meter = meter.as_ref();
             let failed = state & NGX_PEER_FAILED as ngx_uint_t != 0;
             let Some(attempt) = P::attempt(self.request, failed) else { return };
             meter.ended(&attempt);
@@ -338,6 +347,7 @@ impl<P: Protocol> Balancer<P> {
             if failed {
                 let max = *Peer::<P>::max_fails(peer);
                 let fails = *Peer::<P>::fails(peer) + 1;
+                let list = list_of::<P>(self.upstream);
                 if !Peers::<P>::is_single(list) && max > 0 && fails >= max {
                     meter.is_unavailable(ngx_current_msec as u64);
                 }
@@ -355,22 +365,36 @@ impl<P: Protocol> Balancer<P> {
         unsafe {
             // Before: after it the peer may be gone.
             self.count_end(state);
-            if !(*pc).sockaddr.is_null() && has_failed(state) {
+            let failed = has_failed(state);
+            if failed && !(*pc).sockaddr.is_null() {
                 self.attempts.failed(address_of(pc));
             }
             if let Some(inner) = self.inner.free {
                 inner(pc, self.inner.data, state);
             }
-            if has_failed(state) {
-                let list = list_of::<P>(self.upstream);
-                let backups = *Peers::<P>::next(list);
-                let backups = if backups.is_null() { 0 } else { *Peers::<P>::number(backups) };
-                let peers = *Peers::<P>::number(list) + backups;
-                if self.attempts.one_more((*pc).tries, self.list_changed(), peers) {
-                    (*pc).tries = 1;
-                }
+            if failed {
+                self.see_whether_others_came(pc);
             }
             self.attempts.goes((*pc).tries);
+        }
+    }
+
+    /// After a failure: one more try, if there is somebody to ask who was not there before.
+    ///
+    /// # Safety
+    ///
+    /// `pc` is the request's.
+    #[cold]
+    unsafe fn see_whether_others_came(&self, pc: *mut ngx_peer_connection_t) {
+        // SAFETY: the caller's promise; the list is that of a live request.
+        unsafe {
+            let list = list_of::<P>(self.upstream);
+            let backups = *Peers::<P>::next(list);
+            let backups = if backups.is_null() { 0 } else { *Peers::<P>::number(backups) };
+            let peers = *Peers::<P>::number(list) + backups;
+            if self.attempts.one_more((*pc).tries, self.list_changed(), peers) {
+                (*pc).tries = 1;
+            }
         }
     }
 }

@@ -123,6 +123,7 @@ impl Attempts {
     }
 
     /// It had no answer of it: the peer is one that was tried.
+    #[cold]
     pub fn failed(&mut self, address: &[u8]) {
         if let Some(slot) = self.tried.get_mut(self.next) {
             *slot = brief(address);
