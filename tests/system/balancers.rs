@@ -38,8 +38,14 @@ const PAUSE_IF_NEW: Duration = Duration::from_millis(40);
 /// line that it logs then names eight instances at most.
 const AHEAD: usize = 4;
 
-/// How long an instance lives on when nginx has let go of it: longer than any request.
-const LINGER: Duration = Duration::from_millis(100);
+/// How long an instance lives on when nginx has let go of it: longer than any request. The server of a
+/// stream is chosen when the client connects, which may be busy before it sends its request.
+fn linger(of: Protocol) -> Duration {
+    Duration::from_millis(match of {
+        Protocol::Http => 100,
+        Protocol::Stream => 1000,
+    })
+}
 
 /// How long a change may take from Consul to nginx. Far more than it does: other tests have the
 /// machine, too.
@@ -255,7 +261,7 @@ fn backups_wait_for_their_turn(stage: &Stage, nginx: &Nginx, mut primaries: Pool
     primaries.wait_until_known_to(nginx);
     turn_of("web");
     while !primaries.is_empty() {
-        primaries.shrink(stage, nginx).stop_when_gone_from(nginx);
+        primaries.shrink(stage, nginx).stop_when_gone_from(nginx, stage.of);
     }
     turn_of(backup);
     primaries.grow(stage);
@@ -276,7 +282,7 @@ fn churn(stage: &Stage, nginx: &Nginx, pools: &mut [&mut Pool]) -> Report {
                 Changed::Went(instance) => {
                     unseen.push_back(instance.sign('-'));
                     // The next change does not wait for this one's end.
-                    scope.spawn(move || instance.stop_when_gone_from(nginx));
+                    scope.spawn(move || instance.stop_when_gone_from(nginx, stage.of));
                 }
             }
             if unseen.len() > AHEAD
@@ -528,9 +534,9 @@ impl Instance {
         sign_of(sign, self.addr)
     }
 
-    fn stop_when_gone_from(self, nginx: &Nginx) {
+    fn stop_when_gone_from(self, nginx: &Nginx, of: Protocol) {
         nginx.wait_log(&self.sign('-'), 1, PATIENCE);
-        thread::sleep(LINGER);
+        thread::sleep(linger(of));
     }
 }
 

@@ -19,8 +19,8 @@ use testbed::{
 
 use crate::balancers::STREAM_METHODS;
 use crate::common::{
-    Instance, PATIENCE, Serve, Stage, asking_of, changes, followers, full, met_anew, scaled,
-    serves, serves_anew, serves_anew_now, serves_now, web,
+    Instance, PATIENCE, Serve, Stage, asking_of, changes, connections, followers, full, met_anew,
+    scaled, serves, serves_anew, serves_anew_now, serves_now, v4, web,
 };
 use crate::crash::{STEPS, at_most, entries};
 use crate::fake_consul::{FakeConsul, entry};
@@ -462,6 +462,9 @@ fn both_modules_work_as_each_alone() {
     serves_anew(stream, &["db-1"]);
     let following = followers(&nginx);
     assert!(matches!(following[..], [one, other] if one == other), "{following:?}");
+    eventually(PATIENCE, "each has a connection of its own, though one is http's most", || {
+        connections(&nginx, following[0], v4(stage.consul.addr())) == 2
+    });
     stage.register([&web_2]);
     serves(http, &["web-1", "web-2"]);
     serves_anew_now(stream, &["db-1"]);

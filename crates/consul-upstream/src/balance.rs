@@ -328,6 +328,18 @@ impl<P: Protocol> Balancer<P> {
         }
     }
 
+    /// nginx has told the balancer that it is connected, which is long before the end of a session.
+    ///
+    /// # Safety
+    ///
+    /// The request holds the peer that it was given, if that has a meter.
+    unsafe fn count_connected(&self) {
+        if let Some((_, meter)) = self.peer {
+            // SAFETY: the caller's promise, the meter goes with its peer; the clock is a word of nginx's.
+            unsafe { meter.as_ref().is_available(ngx_current_msec as u64) };
+        }
+    }
+
     /// Counts how the attempt ended.
     ///
     /// # Safety
@@ -432,10 +444,11 @@ unsafe extern "C" fn notify<P: Protocol>(
 ) {
     // SAFETY: as in `get`; set only where the balancer has one.
     unsafe {
-        let inner = &(*data.cast::<Balancer<P>>()).inner;
-        if let Some(notify) = inner.notify {
-            notify(pc, inner.data, kind);
+        let balancer = &*data.cast::<Balancer<P>>();
+        if let Some(notify) = balancer.inner.notify {
+            notify(pc, balancer.inner.data, kind);
         }
+        balancer.count_connected();
     }
 }
 

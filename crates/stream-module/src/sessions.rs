@@ -91,9 +91,10 @@ pub unsafe fn add(
     peer: *mut Peer<ConsulUpstream>,
     held: &mut Held,
 ) {
-    // SAFETY: the upstream is that of a live session.
-    let drops = unsafe { server_conf::<ConsulUpstream>(upstream) }
-        .is_some_and(|conf| unsafe { (*conf).session_drop } == Some(true));
+    // SAFETY: the upstream is that of a live session, and its configuration does not change.
+    let drops = unsafe {
+        server_conf::<ConsulUpstream>(upstream).is_some_and(|it| (*it).session_drop == Some(true))
+    };
     if !drops {
         return;
     }
