@@ -31,7 +31,7 @@ const KEPT: &str = "keepalive 256;";
 const ZONE: &str = "zone web 64m;";
 
 /// From so many peers on the zone's memory tells what each of them takes.
-const WHOLE_PAGES: usize = 100;
+const WHOLE_PAGES: usize = 1_000;
 
 struct Size {
     peers: usize,

@@ -33,7 +33,7 @@ use crate::{eventually, runtime};
 /// does not accept, in the configurations of the tests.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How many of the losses are described.
+/// How many of the backends, and of the losses, are described.
 const DESCRIBED: usize = 10;
 
 /// How requests are sent.
@@ -155,8 +155,11 @@ impl fmt::Display for Report {
             self.reconnected,
             self.retried,
         )?;
-        for (name, count) in &self.backends {
+        for (name, count) in self.backends.iter().take(DESCRIBED) {
             write!(f, ", {name}: {count}")?;
+        }
+        if self.backends.len() > DESCRIBED {
+            write!(f, " and {} more backends", self.backends.len() - DESCRIBED)?;
         }
         for loss in &self.losses {
             write!(
