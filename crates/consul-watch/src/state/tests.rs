@@ -675,3 +675,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn two_stores_may_have_one_directory() {
+    let dir = Dir::new();
+    let (one, other) = (dir.store(), dir.store().with_prefix("stream~"));
+    let state = |n| {
+        let source = Source { key: "web".into(), datacenter: None, peers: vec![peer(n)] };
+        State { sources: vec![source] }
+    };
+    for name in ["app", "stream~app"] {
+        one.save(name, &state(1)).unwrap();
+        other.save(name, &state(2)).unwrap();
+        assert_eq!(one.load(name).unwrap(), Some(state(1)), "{name}");
+        assert_eq!(other.load(name).unwrap(), Some(state(2)), "{name}");
+    }
+    assert_eq!(dir.names().len(), 4);
+}

@@ -279,6 +279,30 @@ fn a_peer_in_use_is_freed_by_its_last_request() {
 }
 
 #[test]
+fn sessions_are_to_end_with_a_peer_that_goes_and_does_not_drain() {
+    let mut up = Upstream::new(NONE, true);
+    // The zone has no end here: what is in it lies anywhere.
+    up.pool.end = core::ptr::without_provenance_mut(usize::MAX);
+    let all = [spec("drains", 1), spec("goes", 2), spec("moves", 3), spec("stays", 4)];
+    up.list.apply(&all).unwrap();
+    (0..all.len()).for_each(|place| up.hold(place));
+    let ends = |label: &Label| label.id() != "drains";
+    let moved = Spec { backup: true, ..spec("moves", 3) };
+    let left = [moved, spec("stays", 4)];
+    up.list.apply_ending(&left, Some(&ends), &()).unwrap();
+    up.check(&left);
+    let end = up.pool.end.cast_const();
+    let marked = up.held.iter().map(|peer| {
+        // SAFETY: it is held, so it is alive.
+        unsafe { Meter::of(*peer, end) }.unwrap().ends_sessions()
+    });
+    assert_eq!(marked.collect::<Vec<_>>(), [false, true, false, false]);
+    up.release();
+    up.list.apply(&[]).unwrap();
+    assert_eq!(doubles::live(), 0);
+}
+
+#[test]
 fn what_failures_took_from_a_weight_stays_taken() {
     let mut up = Upstream::new(NONE, false);
     let with = |weight| {
