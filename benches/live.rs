@@ -146,22 +146,6 @@ fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 4] {
     let mut theirs = Changing::new(&consul, &backends, "theirs");
     let rival = RenderAndReload::start(&consul, &dir, conf("theirs"), "theirs", KEPT, "");
 
-    let mut resolved = Changing::new(&consul, &backends, "resolved");
-    let resolving = conf("resolved")
-        .module(false)
-        .http(format!("resolver {dns} valid={VALID} ipv6=off;"))
-        .http(format!(
-            "upstream resolved {{ zone resolved 256k; server service.consul service=resolved \
-             resolve; {KEPT} }}"
-        ))
-        .server("resolved")
-        .start();
-    let mut conn = Conn::open(resolving.addr()).expect("nginx");
-    eventually(PATIENCE, "the name is resolved", || {
-        conn.get("/").is_ok_and(|answer| answer.status == 200)
-    });
-
-    let mut probes_resolving = probes(&resolving);
     let mut probes = probes(&nginx);
     let [mut alone, mut our_times, mut their_times, mut resolved_times] =
         [(); 4].map(|()| Times::default());
@@ -182,14 +166,32 @@ fn measure(workers: usize, blocks: usize, block: usize) -> [Times; 4] {
             // What is left of the reload is not the next one's burden.
             eventually(PATIENCE, "the old workers end", || rival.nginx().exiting_pids().is_empty());
         }
-        // Each takes one to two seconds: fewer of them tell as much.
-        for n in 0..block.div_ceil(2) {
-            // At any moment of that second, as changes come.
-            thread::sleep(Duration::from_millis(n as u64 * 137 % 1000));
-            let seen = resolved
-                .change(|name, since| watch_workers(&mut probes_resolving, name, since, BREATH));
-            resolved_times.add(&seen);
-        }
+    }
+    drop((nginx, rival));
+
+    // When the others are done: it asks each second, and they would have that in their times.
+    let mut resolved = Changing::new(&consul, &backends, "resolved");
+    let resolving = conf("resolved")
+        .module(false)
+        .http(format!("resolver {dns} valid={VALID} ipv6=off;"))
+        .http(format!(
+            "upstream resolved {{ zone resolved 256k; server service.consul service=resolved \
+             resolve; {KEPT} }}"
+        ))
+        .server("resolved")
+        .start();
+    let mut conn = Conn::open(resolving.addr()).expect("nginx");
+    eventually(PATIENCE, "the name is resolved", || {
+        conn.get("/").is_ok_and(|answer| answer.status == 200)
+    });
+
+    let mut probes = self::probes(&resolving);
+    // Each takes one to two seconds: fewer of them tell as much.
+    for n in 0..(blocks * block).div_ceil(2) {
+        // At any moment of that second, as changes come.
+        thread::sleep(Duration::from_millis(n as u64 * 137 % 1000));
+        let seen = resolved.change(|name, since| watch_workers(&mut probes, name, since, BREATH));
+        resolved_times.add(&seen);
     }
     [alone, our_times, their_times, resolved_times]
 }
