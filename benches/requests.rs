@@ -77,11 +77,9 @@ fn main() -> ExitCode {
         Figure { bench: "requests", what, ours, rival, bar: Some(bar) }.note();
     }
     let met = [more(zone, module), counted.ours - uncounted.ours];
-    if met.into_iter().all(|cost| percent(cost) <= BAR) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    // A thousand requests do not tell a bar's last instruction.
+    let is_met = is_quick() || met.into_iter().all(|cost| percent(cost) <= BAR);
+    if is_met { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// A way to be run.

@@ -211,6 +211,7 @@ impl Meter {
     ///
     /// `peer` is live as long as the result is used, in a zone that was fresh when its first peers
     /// were made and that ends at `end`.
+    #[inline]
     pub unsafe fn of<'a, P: PeerAbi>(peer: *mut P, end: *const u8) -> Option<&'a Self> {
         let behind = peer.wrapping_add(1);
         if behind.addr() + size_of::<Self>() > end.addr() {
@@ -244,10 +245,12 @@ impl Meter {
         }
     }
 
+    #[inline]
     fn add(&self, number: usize, more: u64) {
         self.numbers[number].fetch_add(more, Ordering::Relaxed);
     }
 
+    #[inline]
     fn average(&self, number: usize, us: u64) {
         let number = &self.numbers[number];
         // Two workers at once may lose one value of it.
@@ -257,12 +260,14 @@ impl Meter {
     }
 
     /// It was picked.
+    #[inline]
     pub fn picked(&self, now: u64) {
         self.add(REQUESTS, 1);
         self.numbers[SELECTED].store(now, Ordering::Relaxed);
     }
 
     /// An attempt is over.
+    #[inline]
     pub fn ended(&self, attempt: &Attempt) {
         if let Some(class) = attempt.status.map(|status| status / 100)
             && let Some(class @ 0..5) = usize::try_from(class).ok().and_then(|n| n.checked_sub(1))
@@ -291,6 +296,7 @@ impl Meter {
     }
 
     /// After a success: it is available again.
+    #[inline]
     pub fn is_available(&self, now: u64) {
         if self.numbers[DOWNSTART].load(Ordering::Relaxed) != 0 {
             let start = self.numbers[DOWNSTART].swap(0, Ordering::Relaxed);

@@ -46,6 +46,7 @@ pub struct Attempts {
 
 impl Attempts {
     /// A request that begins, with the limit of `proxy_next_upstream_tries`.
+    #[inline]
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -60,11 +61,13 @@ impl Attempts {
 
     /// A request whose limit cannot be read. nginx lowers what the balancer allows to it, before the
     /// first choice: of more than any list has, just the limit is left.
+    #[inline]
     pub fn limited_by(tries: &mut usize) -> Self {
         Self { full: Some(core::mem::replace(tries, usize::MAX)), ..Self::new(0) }
     }
 
     /// Before each choice: at the first one the limit is known, and the tries are what they should be.
+    #[inline]
     pub fn begin(&mut self, tries: &mut usize) {
         if let Some(full) = self.full.take() {
             self.limit = if *tries == usize::MAX { 0 } else { *tries };
@@ -73,12 +76,14 @@ impl Attempts {
     }
 
     /// The request has given a peer back, and has so many tries left.
+    #[inline]
     pub fn goes(&mut self, tries: usize) {
         self.left = Some(tries);
     }
 
     /// It asks for another one. nginx returns the try of a cached connection that was closed under
     /// it, and that is no attempt to count either.
+    #[inline]
     pub fn comes_back(&mut self, tries: usize) {
         if self.left.take().is_some_and(|left| tries > left) {
             self.given = self.given.saturating_sub(1);
@@ -107,6 +112,7 @@ impl Attempts {
     }
 
     /// Whether a peer that the balancer chose was tried before it forgot.
+    #[inline]
     pub fn was_tried(&self, address: &[u8]) -> bool {
         self.restarts > 0 && self.tried.contains(&brief(address))
     }
@@ -118,6 +124,7 @@ impl Attempts {
     }
 
     /// A peer was given to the request.
+    #[inline]
     pub fn given(&mut self) {
         self.given = self.given.saturating_add(1);
     }
