@@ -8,8 +8,9 @@ use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 use nginx_sys::{ngx_slab_alloc, ngx_slab_pool_t};
 
-/// The room for a record whatever it tells, and for each source of an upstream.
-const BASE: usize = 12 * 1024;
+/// The room for a record whatever it tells, and for each source of an upstream. With the length in
+/// front, two of them fill whole pages.
+const BASE: usize = 12 * 1024 - size_of::<u64>();
 const SOURCE: usize = 2 * 1024;
 
 /// How often a reader tries.

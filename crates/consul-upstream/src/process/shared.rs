@@ -91,7 +91,14 @@ fn size<P: Protocol>(main: &MainConf<P>) -> usize {
     // SAFETY: nginx writes the word once, before all.
     let page = unsafe { ngx_pagesize };
     let pages = |bytes: usize| bytes.div_ceil(page);
-    let records: usize = rooms(main).map(|room| pages(board::size(room))).sum();
+    // As nginx's allocator does: whole pages, or slots of which some share a page. Of each size of slot
+    // one page may not be full.
+    let slot = |bytes: usize| match bytes.next_power_of_two() {
+        slot if slot <= page / 2 => slot,
+        _ => pages(bytes) * page,
+    };
+    let records: usize = rooms(main).map(|room| slot(board::size(room))).sum();
+    let records = pages(records) + page.ilog2() as usize;
     let upstreams = main.upstreams.len();
     let used = pages(costs(upstreams)) + pages(places(upstreams)) + records;
     // nginx's own tables, and what is here.
