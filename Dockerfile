@@ -56,10 +56,10 @@ COPY docker/nginx-source docker/nginx-source
 COPY Cargo.lock .
 RUN docker/nginx-source /nginx
 COPY --from=manifests /src .
-RUN . /nginx/environment && cargo build --release --locked $CARGO_FLAGS -p nginx-consul-upstream -p stream-module
+RUN . /nginx/environment && cargo build --release --locked $CARGO_FLAGS -p nginx-consul-upstream
 COPY . .
 RUN find . -name '*.rs' -exec touch {} + \
- && . /nginx/environment && cargo build --release --locked $CARGO_FLAGS -p nginx-consul-upstream -p stream-module
+ && . /nginx/environment && cargo build --release --locked $CARGO_FLAGS -p nginx-consul-upstream
 
 # ---- nginx: the last one, so that it is what is built by default
 
@@ -67,8 +67,6 @@ FROM nginx:${NGINX_VERSION} AS nginx
 ARG NGINX_VERSION
 COPY --from=module-build /src/target/release/libngx_http_consul_upstream_module.so \
      /usr/lib/nginx/modules/ngx_http_consul_upstream_module.so
-COPY --from=module-build /src/target/release/libngx_stream_consul_upstream_module.so \
-     /usr/lib/nginx/modules/ngx_stream_consul_upstream_module.so
 COPY docker/05-consul-upstream.envsh /docker-entrypoint.d/
 COPY docker/consul.conf.template /usr/share/nginx-consul-upstream/
 # The official nginx.conf with one line more: load_module cannot come from conf.d. What was stored of the peers is in a
