@@ -1,7 +1,7 @@
 //! TCP and UDP: what is nginx's stream alone, and what the http tests ask by means that a stream does not
 //! have. The methods run from the same table as http's, in `balancers`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -67,6 +67,73 @@ fn churn_while<T: Send>(
         let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (changes.load(Ordering::Relaxed), result)
     })
+}
+
+/// Servers of which the oldest is replaced by a new one again and again.
+struct Replaced<'a, S> {
+    fake: &'a FakeConsul,
+    start: Box<dyn Fn(usize) -> (SocketAddr, S) + Send + 'a>,
+    live: VecDeque<(String, SocketAddr, S)>,
+    begun: usize,
+    /// How long one that Consul knows no longer still answers.
+    linger: Duration,
+}
+
+impl<'a, S: Send> Replaced<'a, S> {
+    /// So many that Consul knows; `start` makes the server of a number.
+    fn new(
+        fake: &'a FakeConsul,
+        number: usize,
+        linger: Duration,
+        start: impl Fn(usize) -> (SocketAddr, S) + Send + 'a,
+    ) -> Self {
+        let start = Box::new(start);
+        let mut all = Replaced { fake, start, live: VecDeque::new(), begun: 0, linger };
+        (0..number).for_each(|_| all.begin_one());
+        all.tell();
+        all
+    }
+
+    fn begin_one(&mut self) {
+        let (addr, server) = (self.start)(self.begun);
+        self.live.push_back((format!("web-{}", self.begun), addr, server));
+        self.begun += 1;
+    }
+
+    fn tell(&self) {
+        let all: Vec<Value> = self.live.iter().map(|(id, addr, _)| entry(id, *addr)).collect();
+        self.fake.know(self.begun as u64, &all);
+    }
+
+    /// Replaces one at each step while `work` goes on. Returns how often.
+    fn replace_while<T: Send>(
+        mut self,
+        pace: Duration,
+        work: impl FnOnce(&AtomicUsize) -> T + Send,
+    ) -> (usize, T) {
+        let (done, changes) = (AtomicBool::new(false), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            let (done, changes) = (&done, &changes);
+            scope.spawn(move || {
+                let mut leaving = VecDeque::new();
+                while !done.load(Ordering::Relaxed) {
+                    self.begin_one();
+                    let oldest = self.live.pop_front();
+                    self.tell();
+                    leaving.push_back((Instant::now(), oldest));
+                    while leaving.front().is_some_and(|(left, _)| left.elapsed() >= self.linger) {
+                        leaving.pop_front();
+                    }
+                    changes.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(pace);
+                }
+            });
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(changes)));
+            done.store(true, Ordering::Relaxed);
+            let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (changes.load(Ordering::Relaxed), result)
+        })
+    }
 }
 
 #[test]
@@ -616,21 +683,24 @@ fn loaded_and_not_used_it_starts_nothing() {
     }
 }
 
-/// The bar of a churn: eight backends, a change every 50 ms, four workers, no retries.
+/// The bar of a churn: eight backends, one replaced every 50 ms, four workers, no retries. One that
+/// left is stopped after 100 ms; beside other tests a client may take longer than that to send its
+/// request, and then after a second.
 #[test]
 fn a_churn_loses_nothing() {
     let (net, dir, fake) = fake("stream_churn");
-    let backends: Vec<Backend> =
-        (20..28).map(|host| Backend::start(&net, host, &format!("s{host}"))).collect();
-    let addrs: Vec<SocketAddr> = backends.iter().map(Backend::addr).collect();
-    fake.know(1, &all_but_one(&addrs, 0));
+    let linger = Duration::from_millis(if full() { 100 } else { 1000 });
+    let servers = Replaced::new(&fake, 8, linger, |n| {
+        let backend = Backend::start(&net, 20 + (n % 100) as u8, &format!("s{n}"));
+        (backend.addr(), backend)
+    });
     let nginx = asking_of(STREAM, &net, &dir, &fake.url())
         .workers(4)
         .stream(NO_RETRY)
         .upstream_of(STREAM, "web", "consul_upstream web;")
         .start();
-    nginx.wait_log("7 of 7 instances serve", 1, PATIENCE);
-    let (changes, report) = churn_while(&fake, &addrs, Duration::from_millis(50), |_| {
+    nginx.wait_log("8 of 8 instances serve", 1, PATIENCE);
+    let (changes, report) = servers.replace_while(Duration::from_millis(50), |_| {
         let options = Options::default().connections(8).keepalive(false);
         let options = if full() { options } else { options.pause(Duration::from_millis(5)) };
         let load = Load::start(nginx.addr(), &options);
@@ -639,18 +709,18 @@ fn a_churn_loses_nothing() {
     });
     println!("{changes} changes: {report}");
     report.assert_nothing_lost();
-    assert_eq!(report.backends.len(), 8, "{report}");
+    assert!(report.backends.len() > 8 + changes / 2, "most have served: {report}");
 }
 
-/// Datagrams while instances come and go, which answer for a second after they left.
+/// Datagrams while instances are replaced, which answer for a second after they left, and then no more.
 #[test]
 fn every_datagram_is_answered() {
     const CHANGES: usize = 100;
     let (net, dir, fake) = fake("stream_udp");
-    let servers: Vec<Datagrams> =
-        (20..26).map(|host| Datagrams::start(&net, host, &format!("s{host}"))).collect();
-    let addrs: Vec<SocketAddr> = servers.iter().map(Datagrams::addr).collect();
-    fake.know(1, &all_but_one(&addrs, 0));
+    let servers = Replaced::new(&fake, 5, Duration::from_secs(1), |n| {
+        let server = Datagrams::start(&net, 20 + (n % 100) as u8, &format!("s{n}"));
+        (server.addr(), server)
+    });
     let conf = asking_of(STREAM, &net, &dir, &fake.url()).workers(2).stream(NO_RETRY);
     let conf = STREAM_METHODS.iter().enumerate().fold(conf, |conf, (n, method)| {
         conf.stream(format!(
@@ -670,7 +740,7 @@ fn every_datagram_is_answered() {
     let wanted = scaled(4_000, 20_000);
     let answered = AtomicUsize::new(0);
     let met = std::sync::Mutex::new(BTreeSet::new());
-    let (changes, lost) = churn_while(&fake, &addrs, Duration::from_millis(30), |changes| {
+    let (changes, lost) = servers.replace_while(Duration::from_millis(30), |changes| {
         let client = |n: usize| {
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -707,7 +777,7 @@ fn every_datagram_is_answered() {
     println!("{answered} datagrams answered, {lost} not, during {changes} changes");
     assert_eq!(lost, 0);
     assert!(changes >= CHANGES && answered >= wanted);
-    assert_eq!(met.lock().unwrap().len(), addrs.len(), "all have served");
+    assert!(met.lock().unwrap().len() > changes / 2, "most have served");
 }
 
 /// Two instances with so many sessions each, open through an nginx.
