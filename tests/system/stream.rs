@@ -644,6 +644,38 @@ fn the_status_shows_both_protocols() {
     });
 }
 
+/// A server that failed is available again when a session with it has begun, however long that goes on.
+#[test]
+fn a_session_shows_that_its_server_is_back() {
+    let stage = Stage::set("stream_back");
+    let [good] = stage.web();
+    stage.register([&good]);
+    let late: SocketAddr = (stage.net.ip(40), stage.net.port()).into();
+    stage.consul.register(&Service::new("web", "web-2", late));
+    let line = "consul_upstream web max_fails=1 fail_timeout=1s;";
+    let conf = stage.nginx_of(STREAM).workers(1).upstream_of(STREAM, "web", line);
+    let (conf, status) = with_status(&stage, conf);
+    let nginx = conf.start();
+    nginx.wait_log("2 of 2 instances serve", 1, PATIENCE);
+    let peer = || {
+        let seen = http::get(status, "/consul").unwrap().json();
+        let peers = seen["stream_upstreams"]["web"]["peers"].as_array().cloned();
+        let is_late = |it: &Value| it["service_id"] == "web-2";
+        peers.unwrap_or_default().into_iter().find(is_late).expect("the second server")
+    };
+    serves_anew_now(nginx.addr(), &["web-1"]);
+    let down = peer();
+    assert!(down["unavail"] == 1 && down["downstart"].is_string(), "{down}");
+
+    let _back = Backend::bind(late, "web-2").unwrap();
+    let _session = eventually(PATIENCE, "a session with it", || {
+        let mut conn = http::Conn::open(nginx.addr()).ok()?;
+        (conn.get("/").ok()?.backend() == "web-2").then_some(conn)
+    });
+    let up = peer();
+    assert!(up["downstart"].is_null() && up["active"] == 1, "{up}");
+}
+
 /// Where only stream has upstreams, they are all there is.
 #[test]
 fn the_status_shows_stream_alone() {
