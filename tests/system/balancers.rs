@@ -536,6 +536,7 @@ impl Instance {
 
     fn stop_when_gone_from(self, nginx: &Nginx, of: Protocol) {
         nginx.wait_log(&self.sign('-'), 1, PATIENCE);
+        // It answers for so long whoever was sent to it before: that is the case to be tested.
         thread::sleep(linger(of));
     }
 }

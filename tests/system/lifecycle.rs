@@ -117,6 +117,7 @@ fn settled(nginx: &Nginx) {
     // The master tells the others, which takes each of them a moment.
     let mut before = all_kinds(nginx);
     eventually(PATIENCE, "nobody opens or closes anything", || {
+        // Between two looks that have to agree.
         std::thread::sleep(Duration::from_millis(100));
         let now = all_kinds(nginx);
         std::mem::replace(&mut before, now) == before

@@ -92,6 +92,7 @@ fn lost(nginx: &Nginx, each: u64) -> Vec<u64> {
     let reports: Vec<Report> = thread::scope(|scope| {
         let end = |load: Load| {
             load.wait_for(each);
+            // And not before: changes come meanwhile.
             thread::sleep(LOADED.saturating_sub(begin.elapsed()));
             load.stop()
         };
