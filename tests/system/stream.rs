@@ -14,7 +14,7 @@ use testbed::http;
 use testbed::nginx::Builder;
 use testbed::{
     Authority, Backend, Datagrams, Dir, Greeted, Greeter, Load, Net, Nginx, Options, Protocol,
-    Service, eventually,
+    Service, Signal, eventually,
 };
 
 use crate::balancers::STREAM_METHODS;
@@ -461,6 +461,55 @@ fn the_state_hands_over_at_an_upgrade() {
     serves_anew(nginx.addr(), &["web-1", "web-2", "web-3"]);
     load.wait_for(20);
     load.stop().assert_nothing_lost();
+    nginx.stop();
+}
+
+/// A session of the new binary's workers lasts as long as its client wants, though the upgrade is
+/// taken back meanwhile and its instance has left.
+#[test]
+fn an_upgrade_is_taken_back() {
+    let stage = Stage::set("stream_back");
+    let [one, two, three] = stage.web();
+    let greeter = Greeter::start(&stage.net, 20, "one");
+    stage.register([&one, &two]);
+    stage.consul.register(&Service::new("greeters", "greeter-1", greeter.addr()));
+    let nginx = stage
+        .nginx_of(STREAM)
+        .workers(2)
+        .stream(NO_RETRY)
+        .upstream_of(STREAM, "web", "consul_upstream web;")
+        .upstream_of(STREAM, "greeters", "consul_upstream greeters hold=0;")
+        .start_detached();
+    let [addr, greetings] = nginx.addrs()[..] else { panic!("two listeners") };
+    serves_anew(addr, &["web-1", "web-2"]);
+    let load = Load::start(addr, &opening());
+    let [old] = nginx.masters()[..] else { panic!("one master") };
+    let new = nginx.begin_upgrade(old);
+    nginx.end_workers(old);
+    let session = eventually(PATIENCE, "a session", || Greeted::open(greetings).ok());
+
+    // Meanwhile an instance goes for good, and another one comes.
+    stage.register([&three]);
+    stage.consul.deregister("web-1");
+    stage.consul.deregister("greeter-1");
+    serves_anew(addr, &["web-2", "web-3"]);
+    eventually(PATIENCE, "its last request is answered", || one.backend.in_flight() == 0);
+    one.backend.stop();
+
+    nginx.signal(old, Signal::HUP);
+    eventually(PATIENCE, "the old master has workers again", || nginx.workers(old).len() == 2);
+    nginx.signal(new, Signal::QUIT);
+    eventually(PATIENCE, "the new one's leave", || nginx.workers(new).is_empty());
+    serves_anew(addr, &["web-2", "web-3"]);
+    stage.consul.deregister("web-2");
+    serves_anew(addr, &["web-3"]);
+    load.wait_for(20);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_lost();
+    assert!(!session.is_closed());
+    drop(session);
+    eventually(PATIENCE, "the new master ends with its last session", || nginx.masters() == [old]);
     nginx.stop();
 }
 

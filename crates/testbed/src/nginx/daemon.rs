@@ -62,7 +62,12 @@ impl Builder {
 
 impl Daemon {
     pub fn addr(&self) -> SocketAddr {
-        self.builder.listens[0]
+        self.addrs()[0]
+    }
+
+    /// Where its servers listen, in the order of the configuration.
+    pub fn addrs(&self) -> &[SocketAddr] {
+        &self.builder.listens
     }
 
     pub fn dir(&self) -> &Dir {
