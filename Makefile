@@ -12,8 +12,8 @@ demo: ## builds the module and shows it at work, with a Consul, an nginx and thr
 test: ## unit tests, whole-system tests, the demo, benchmarks and fuzz targets in short; T=NAME: only the tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
 
-test-full: ## the same, with the whole-system tests at the size of their bars: an hour
-	@TEST_FULL=1 $(MAKE) --no-print-directory test
+test-full: ## the whole-system tests at the size of their bars, on each nginx of scripts/test-nginx; N=NAME, T=NAME: as test-nginx
+	@TEST_FULL=1 $(MAKE) --no-print-directory test-nginx
 
 test-nginx: ## the whole-system tests on each nginx of scripts/test-nginx; N=NAME: on one of them; T=NAME: tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/test-nginx $(N)

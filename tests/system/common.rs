@@ -118,6 +118,11 @@ pub fn web<const N: usize>(net: &Net) -> [Instance; N] {
     std::array::from_fn(|n| Instance::start(net, "web", &format!("web-{}", n + 1)))
 }
 
+/// Whether what a process has of memory is its need: AddressSanitizer keeps what was freed for a while.
+pub fn memory_counts() -> bool {
+    std::env::var_os("ASAN_OPTIONS").is_none()
+}
+
 /// Whether the tests run at the size of the bars: `make test-full`.
 pub fn full() -> bool {
     std::env::var_os("TEST_FULL").is_some()

@@ -7,7 +7,7 @@ use testbed::{Backend, Dir, Load, Net, Nginx, Options, eventually, http};
 
 use crate::common::{
     Instance, PATIENCE, RawConn, Serve, Stage, asking, every_worker_serves, follower, followers,
-    full, met, passed_to, scaled, serves, steady,
+    full, memory_counts, met, passed_to, scaled, serves, steady,
 };
 use crate::fake_consul::FakeConsul;
 use crate::size::crowd;
@@ -345,7 +345,10 @@ fn a_hundred_reloads_in_ten_seconds_leave_nothing_behind() {
     assert!(reloads > 20, "{reloads} reloads: too slow a machine to tell anything");
     let after = memory(nginx.pid());
     println!("{reloads} reloads, the master has {before} and {after} KiB");
-    assert!(after < before + 1024, "the master had {before} KiB and has {after}");
+    assert!(
+        after < before + 1024 || !memory_counts(),
+        "the master had {before} KiB and has {after}"
+    );
     every_worker_serves(&nginx, &["web-1", "web-2"]);
     // Connections of clients and to backends come and go; the rest is as after one reload.
     nginx.reload();

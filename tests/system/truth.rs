@@ -16,8 +16,8 @@ use testbed::http::Conn;
 use testbed::{Consul, Dir, Load, Net, Nginx, Signal, eventually};
 
 use crate::common::{
-    Instance, PATIENCE, Serve, Stage, asking, changes, every_worker_serves, follower, passed_to,
-    serves, serves_now, steady, watch, web,
+    Instance, PATIENCE, Serve, Stage, asking, changes, every_worker_serves, follower,
+    memory_counts, passed_to, serves, serves_now, steady, watch, web,
 };
 use crate::fake_consul::{FakeConsul, Reply, entry};
 
@@ -424,7 +424,7 @@ fn keeps_its_set(name: &str, bad: Reply, settings: &str, says: &str) {
     assert_eq!(nginx.log_count("[error]"), 1);
     let grown = peak_memory(worker) - before;
     println!("{name}: {} kB more", grown >> 10);
-    assert!(grown < FLAT, "{grown} bytes more");
+    assert!(grown < FLAT || !memory_counts(), "{grown} bytes more");
     fake.know(6, &both);
     serves(nginx.addr(), &["web-1", "web-2"]);
     assert_eq!(follower(&nginx), worker);
@@ -449,7 +449,7 @@ fn takes(name: &str, most: u64, change: impl FnOnce(&mut Value)) {
     serves(nginx.addr(), &["web-1"]);
     let grown = peak_memory(worker) - before;
     println!("{name}: {} kB more", grown >> 10);
-    assert!(grown < most, "{grown} bytes more");
+    assert!(grown < most || !memory_counts(), "{grown} bytes more");
     assert_eq!(nginx.log_count("[error]"), 0);
     let longest = nginx.log().lines().map(str::len).max().unwrap_or_default();
     assert!(longest < 2_048, "a line of {longest} bytes");
@@ -695,7 +695,7 @@ fn survives(
     assert_eq!(nginx.log_count("[error]"), 1);
     let grown = peak_memory(worker) - before;
     println!("{name}: {} kB more, {} kB were sent", grown >> 10, raw.sent() >> 10);
-    assert!(grown < FLAT, "{grown} bytes more");
+    assert!(grown < FLAT || !memory_counts(), "{grown} bytes more");
     raw.know(6, &both);
     serves(nginx.addr(), &["web-1", "web-2"]);
 }
