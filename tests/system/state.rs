@@ -47,7 +47,7 @@ fn load(path: &Path, upstream: &str) -> Result<State, String> {
 /// The service IDs that are stored of an upstream.
 fn ids(path: &Path, upstream: &str) -> Result<BTreeSet<String>, String> {
     let state = load(path, upstream)?;
-    Ok(state.sources.into_iter().flat_map(|it| it.peers).map(|peer| peer.id).collect())
+    Ok(state.sources.into_iter().flat_map(|it| it.peers).map(|peer| peer.id.clone()).collect())
 }
 
 /// Waits until these are stored, and no others.

@@ -3,6 +3,7 @@
 //! The answer as a whole must have the right shape, or nothing of it is taken. A value inside one
 //! entry that makes no sense (a port of 70000, a weight of −1) is that instance's matter alone.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -20,20 +21,28 @@ pub const MAX_INSTANCES: usize = 100_000;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
-    node: Node,
-    service: Service,
-    checks: Option<Vec<Check>>,
+struct Entry<'a> {
+    #[serde(borrow)]
+    node: Node<'a>,
+    service: Service<'a>,
+    checks: Option<Vec<Check<'a>>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Node {
+struct Node<'a> {
     node: String,
-    address: Option<String>,
-    datacenter: Option<String>,
-    tagged_addresses: Option<Tagged<String>>,
+    #[serde(borrow)]
+    address: Option<Text<'a>>,
+    datacenter: Option<Text<'a>>,
+    tagged_addresses: Option<Tagged<Text<'a>>>,
 }
+
+/// A text that is read and not kept: a part of the answer, unless something in it is escaped. (A `Cow`
+/// in an `Option` would be a copy.)
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Addresses in other networks. There are more than this one (`lan`, `lan_ipv4` …), which only
 /// repeat what stands elsewhere.
@@ -44,14 +53,15 @@ struct Tagged<T> {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Service {
+struct Service<'a> {
     #[serde(rename = "ID")]
     id: String,
-    address: Option<String>,
+    #[serde(borrow)]
+    address: Option<Text<'a>>,
     // Numbers that come from the catalog as anyone wrote them: judged one by one below.
     port: Option<Value>,
     ports: Option<Vec<Port>>,
-    tagged_addresses: Option<Tagged<TaggedAddress>>,
+    tagged_addresses: Option<Tagged<TaggedAddress<'a>>>,
     tags: Option<Vec<String>>,
     weights: Option<WeightValues>,
     meta: Option<BTreeMap<String, String>>,
@@ -67,9 +77,9 @@ struct Port {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct TaggedAddress {
-    #[serde(alias = "address")]
-    address: Option<String>,
+struct TaggedAddress<'a> {
+    #[serde(alias = "address", borrow)]
+    address: Option<Text<'a>>,
     #[serde(alias = "port")]
     port: Option<Value>,
 }
@@ -83,10 +93,10 @@ struct WeightValues {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Check {
-    #[serde(rename = "CheckID")]
-    id: String,
-    status: String,
+struct Check<'a> {
+    #[serde(rename = "CheckID", borrow)]
+    id: Text<'a>,
+    status: Text<'a>,
 }
 
 /// What an answer says.
@@ -134,7 +144,7 @@ impl<'de> Visitor<'de> for &mut Entries {
                 return Err(A::Error::custom("too many instances"));
             }
             if datacenter.is_none() {
-                *datacenter = entry.node.datacenter.take();
+                *datacenter = entry.node.datacenter.take().map(|it| it.0.into_owned());
             }
             instances.push(entry.judge(self.network));
         }
@@ -142,20 +152,20 @@ impl<'de> Visitor<'de> for &mut Entries {
     }
 }
 
-impl Entry {
+impl Entry<'_> {
     fn judge(self, network: Network) -> Instance {
         let (host, port) = self.address(network);
         let address = address(host, port);
         // Of several that are as bad, always the same one: Consul's order is not stable.
         let checks = self.checks.unwrap_or_default().into_iter();
         let worst = checks
-            .max_by(|a, b| a.status().cmp(&b.status()).then_with(|| b.id.cmp(&a.id)))
+            .max_by(|a, b| a.status().cmp(&b.status()).then_with(|| b.id.0.cmp(&a.id.0)))
             .filter(|check| check.status() > Status::Passing);
         Instance {
             address,
             tags: self.service.tags.unwrap_or_default(),
             status: worst.as_ref().map_or(Status::Passing, Check::status),
-            check: worst.map(|check| check.id.into()),
+            check: worst.map(|check| (*check.id.0).into()),
             weights: self.service.weights.map(WeightValues::judge).unwrap_or_default(),
             meta: {
                 let mut meta = self.service.meta.unwrap_or_default();
@@ -171,8 +181,8 @@ impl Entry {
     /// first. A port of 0 is none.
     fn address(&self, network: Network) -> (&str, Option<i64>) {
         let Self { node, service, .. } = self;
-        fn some(host: &Option<String>) -> Option<&str> {
-            host.as_deref().filter(|host| !host.is_empty())
+        fn some<'a>(host: &'a Option<Text<'_>>) -> Option<&'a str> {
+            host.as_ref().map(|Text(host)| &**host).filter(|host| !host.is_empty())
         }
         let own = some(&service.address);
         let nodes = some(&node.address);
@@ -218,12 +228,13 @@ impl WeightValues {
     }
 }
 
-impl Check {
+impl Check<'_> {
     fn status(&self) -> Status {
-        if self.id == "_node_maintenance" || self.id.starts_with("_service_maintenance:") {
+        let Self { id: Text(id), status: Text(status) } = self;
+        if id == "_node_maintenance" || id.starts_with("_service_maintenance:") {
             return Status::Maintenance;
         }
-        match self.status.as_str() {
+        match &**status {
             "passing" => Status::Passing,
             "warning" => Status::Warning,
             // "critical", and what no Consul of today says: an unknown state is no good health.

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::instance::{Host, Instance, Status, Unusable};
 use crate::names::Resolved;
@@ -89,6 +90,11 @@ impl Peer {
     pub fn key(&self) -> Key {
         (self.node.clone(), self.id.clone())
     }
+
+    /// The same, borrowed.
+    pub fn name(&self) -> (&str, &str) {
+        (&self.node, &self.id)
+    }
 }
 
 /// An instance that does not serve.
@@ -137,7 +143,7 @@ impl fmt::Display for Reason {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     /// Those that should serve, in the order they came.
-    pub serve: Vec<Peer>,
+    pub serve: Vec<Arc<Peer>>,
     /// The others.
     pub excluded: Vec<Excluded>,
     /// Too few are healthy: all that could serve do.
@@ -219,7 +225,7 @@ fn select_at(selection: &Selection, snapshot: &Snapshot, worst: Status) -> Verdi
             if peer.addresses.is_empty() { Err(Reason::Duplicate) } else { Ok(peer) }
         });
         match judged {
-            Ok(peer) => verdict.serve.push(peer),
+            Ok(peer) => verdict.serve.push(Arc::new(peer)),
             Err(reason) => {
                 let key = (instance.node.clone(), instance.id.clone());
                 verdict.excluded.push(Excluded { key, reason });
@@ -407,10 +413,10 @@ mod tests {
             };
             let (passing, warning, any) =
                 (serve(Health::Passing), serve(Health::Warning), serve(Health::Any));
-            let addresses = |peers: &[Peer]| -> Vec<SocketAddr> {
+            let addresses = |peers: &[Arc<Peer>]| -> Vec<SocketAddr> {
                 peers.iter().flat_map(|peer| peer.addresses.clone()).collect()
             };
-            let within = |some: &[Peer], more: &[Peer]| {
+            let within = |some: &[Arc<Peer>], more: &[Arc<Peer>]| {
                 let more = addresses(more);
                 addresses(some).iter().all(|address| more.contains(address))
             };

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,7 @@ pub struct Source {
     pub datacenter: Option<String>,
     /// Those that served. What is [`ignored`](Peer::ignored) of their `Meta` and what
     /// [keeps](Peer::kept_by) them is not stored.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<Arc<Peer>>,
 }
 
 /// A directory with a file for each upstream.
@@ -444,7 +444,7 @@ pub fn encode(upstream: &str, state: &State) -> Result<Vec<u8>, Flaw> {
     let sources = state.sources.iter().map(|source| SourceJson {
         key: (&source.key).into(),
         datacenter: source.datacenter.as_ref().map(Into::into),
-        peers: source.peers.iter().map(PeerJson::of).collect(),
+        peers: source.peers.iter().map(|peer| PeerJson::of(peer)).collect(),
     });
     let file = FileJson {
         version: VERSION,
@@ -474,7 +474,7 @@ pub fn parse(bytes: &[u8], upstream: &str) -> Result<State, Flaw> {
     let sources = file.sources.into_iter().map(|source| Source {
         key: source.key.into_owned(),
         datacenter: source.datacenter.map(Cow::into_owned),
-        peers: source.peers.into_iter().map(PeerJson::into_peer).collect(),
+        peers: source.peers.into_iter().map(|peer| Arc::new(peer.into_peer())).collect(),
     });
     let state = State { sources: sources.collect() };
     check(&state)?;

@@ -49,22 +49,46 @@ impl Plan {
     /// Compares. A peer is the same when address, node and service ID are: a new instance at an
     /// old address has not failed yet, and one that moved is another peer to nginx.
     pub fn new(found: &[Found], wanted: &[&Spec]) -> Self {
-        let mut index: HashMap<(SocketAddr, &Label), usize> =
-            found.iter().enumerate().map(|(n, peer)| ((peer.address, &peer.label), n)).collect();
+        // Most of a large list stays as it is: that what is before the first change and behind the last
+        // one is the same, nothing has to be looked up for.
+        let is_same = |(peer, want): &(&Found, &&Spec)| {
+            peer.address == want.address && peer.label == want.label
+        };
+        let head = found.iter().zip(wanted).take_while(is_same).count();
+        let rest = found.iter().skip(head).rev().zip(wanted.iter().skip(head).rev());
+        let tail = rest.take_while(is_same).count();
+        let middle = head..found.len() - tail;
+        let mut index: HashMap<(SocketAddr, &Label), usize> = found
+            .iter()
+            .enumerate()
+            .take(middle.end)
+            .skip(middle.start)
+            .map(|(n, peer)| ((peer.address, &peer.label), n))
+            .collect();
         let sequence: Vec<Step> = wanted
             .iter()
             .enumerate()
-            .map(|(spec, want)| match index.remove(&(want.address, &want.label)) {
-                Some(n) => Step::Keep {
-                    found: n,
-                    spec,
-                    change: found.get(n).is_none_or(|peer| peer.attributes != want.attributes),
-                },
-                None => Step::Add { spec },
+            .map(|(spec, want)| {
+                let behind = wanted.len() - spec;
+                let known = if spec < head {
+                    Some(spec)
+                } else if behind <= tail {
+                    Some(found.len() - behind)
+                } else {
+                    index.remove(&(want.address, &want.label))
+                };
+                match known {
+                    Some(n) => Step::Keep {
+                        found: n,
+                        spec,
+                        change: found.get(n).is_none_or(|peer| peer.attributes != want.attributes),
+                    },
+                    None => Step::Add { spec },
+                }
             })
             .collect();
-        // Twins cannot be: specs have one peer for an address. Were there any, the map kept the
-        // last, and the others go, too.
+        // Twins cannot be: specs have one peer for an address. Were there any, one of them stays, and the
+        // others go, too.
         let mut kept = vec![false; found.len()];
         for step in &sequence {
             if let Step::Keep { found, .. } = step

@@ -55,7 +55,7 @@ pub struct Known {
     pub tale: Tale,
     /// What serves. Until the line has had an answer these are the peers that were there before:
     /// that it has had none says nothing against them.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<Arc<Peer>>,
     /// Where instances were before, as long as their host names have not been resolved since.
     before: BTreeMap<Key, Vec<IpAddr>>,
     /// The datacenter that they are in, where an answer said so.
@@ -126,7 +126,7 @@ impl Assembly {
     fn serving(&self, line: usize) -> Vec<Key> {
         let lines = self.lines.borrow();
         let peers = lines.get(line).into_iter().flat_map(|known| &known.peers);
-        peers.filter(|peer| is_whole(&peer.node)).map(Peer::key).collect()
+        peers.filter(|peer| is_whole(&peer.node)).map(|peer| peer.key()).collect()
     }
 
     /// What to begin with where Consul is away.
@@ -177,10 +177,10 @@ impl Assembly {
 
 impl Known {
     fn new(mut line: Line, before: &[Spec], told: &Told) -> Self {
-        let peers = line.peers(before);
+        let peers: Vec<_> = line.peers(before).into_iter().map(Arc::new).collect();
         let mut guard = line.selection.guard();
         guard.restore(peers.iter().cloned());
-        let ips = |peer: &Peer| peer.addresses.iter().map(|address| address.ip()).collect();
+        let ips = |peer: &Arc<Peer>| peer.addresses.iter().map(|address| address.ip()).collect();
         let before = peers.iter().map(|peer| (peer.key(), ips(peer))).collect();
         let datacenter = line.datacenter.take();
         let tale = Tale::new(line.source, told);

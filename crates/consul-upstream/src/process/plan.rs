@@ -116,8 +116,9 @@ impl Line {
             fail_timeout: fail_timeout.unwrap_or(line.fail_timeout),
             down: down.unwrap_or(line.down),
         };
-        peer.addresses.iter().map(move |address| Spec {
-            label: label.clone(),
+        let labels = std::iter::repeat_n(label, peer.addresses.len());
+        labels.zip(&peer.addresses).map(move |(label, address)| Spec {
+            label,
             address: *address,
             backup,
             attributes,

@@ -92,21 +92,20 @@ impl Tale {
         gone.sort_by_key(|(_, _, since)| Reverse(*since));
         self.omitted = gone.len().saturating_sub(ROWS) as u64;
         gone.truncate(ROWS);
-        let wanted: HashSet<&Key> = gone.iter().map(|(key, ..)| *key).collect();
-        let mut instances: HashMap<Key, &Instance> = HashMap::new();
-        for instance in snapshot.instances.iter() {
-            let key = (instance.node.clone(), instance.id.clone());
-            if wanted.contains(&key) {
-                instances.insert(key, instance);
-            }
-        }
+        let wanted: HashSet<_> = gone.iter().map(|(key, ..)| name(key)).collect();
+        let all = snapshot.instances.iter().map(|it| ((it.node.as_str(), it.id.as_str()), it));
+        let instances: HashMap<_, _> = all.filter(|(name, _)| wanted.contains(name)).collect();
         self.rows = gone
             .iter()
             .filter_map(|(key, reason, since)| {
-                Some(row(selection, instances.get(*key)?, *reason, *since))
+                Some(row(selection, instances.get(&name(key))?, *reason, *since))
             })
             .collect();
     }
+}
+
+fn name((node, id): &Key) -> (&str, &str) {
+    (node, id)
 }
 
 fn row(selection: &Selection, instance: &Instance, reason: policy::Reason, since: Moment) -> Row {

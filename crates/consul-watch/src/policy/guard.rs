@@ -7,12 +7,14 @@
 //! Maintenance is somebody's word: it is never held, and never counted as a loss. Additions are
 //! never held either.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::mem::swap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{KeptBy, Peer, Reason, Selection, Verdict};
+use super::{Excluded, KeptBy, Peer, Reason, Selection, Verdict};
 
 /// When a loss is held back, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +46,7 @@ pub type Key = (String, String);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Serving {
     /// The peers, in the order of node and service ID.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<Arc<Peer>>,
     /// Those among them that Consul would have gone.
     pub held: BTreeSet<Key>,
     /// When to ask Consul again whether they are to go.
@@ -57,7 +59,7 @@ pub struct Serving {
 #[derive(Debug, Default)]
 pub struct Guard {
     settings: Settings,
-    served: BTreeMap<Key, Peer>,
+    served: Vec<Arc<Peer>>,
     hold: Option<Hold>,
 }
 
@@ -65,7 +67,21 @@ pub struct Guard {
 struct Hold {
     until: Instant,
     /// What served when the loss came: what a later answer is measured by.
-    before: BTreeMap<Key, Peer>,
+    before: Vec<Arc<Peer>>,
+}
+
+/// In the order of node and service ID. Two registrations can have both in common; the later one
+/// counts.
+fn in_order(mut peers: Vec<Arc<Peer>>) -> Vec<Arc<Peer>> {
+    peers.sort_by(|a, b| a.name().cmp(&b.name()));
+    peers.dedup_by(|later, earlier| {
+        let is_same = later.name() == earlier.name();
+        if is_same {
+            swap(later, earlier);
+        }
+        is_same
+    });
+    peers
 }
 
 impl Guard {
@@ -76,56 +92,54 @@ impl Guard {
 
     /// Judges an answer: what serves now.
     pub fn judge(&mut self, verdict: &Verdict, now: Instant) -> Serving {
-        let natural: BTreeMap<Key, Peer> =
-            verdict.serve.iter().map(|peer| (peer.key(), peer.clone())).collect();
+        let mut serving = in_order(verdict.serve.clone());
         // Whatever is put into maintenance ends to count, also while something is held.
-        let maintained: BTreeSet<Key> = verdict
+        let maintained: BTreeSet<(&str, &str)> = verdict
             .excluded
             .iter()
             .filter(|excluded| excluded.reason == Reason::Maintenance)
-            .map(|excluded| excluded.key.clone())
+            .map(|Excluded { key: (node, id), .. }| (node.as_str(), id.as_str()))
             .collect();
         let mut before = match &self.hold {
             Some(hold) => hold.before.clone(),
             None => self.served.clone(),
         };
-        before.retain(|key, _| !maintained.contains(key));
+        before.retain(|peer| !maintained.contains(&peer.name()));
 
         let loses =
-            !self.settings.hold.is_zero() && self.settings.loses(before.len(), natural.len());
+            !self.settings.hold.is_zero() && self.settings.loses(before.len(), serving.len());
         let until = match &self.hold {
             Some(hold) => hold.until,
             None => now + self.settings.hold,
         };
-        let mut serving = natural;
         let mut held = BTreeSet::new();
         if loses && now < until {
             // One that was replaced at its address is gone: two instances cannot listen there.
             let taken: BTreeSet<_> =
-                serving.values().flat_map(|peer| peer.addresses.iter().copied()).collect();
-            for (key, peer) in &before {
-                let mut peer = Peer { kept_by: Some(KeptBy::Guard), ..peer.clone() };
-                peer.addresses.retain(|address| !taken.contains(address));
-                if !serving.contains_key(key) && !peer.addresses.is_empty() {
-                    serving.insert(key.clone(), peer);
-                    held.insert(key.clone());
-                }
-            }
+                serving.iter().flat_map(|peer| peer.addresses.iter().copied()).collect();
+            let there: BTreeSet<_> = serving.iter().map(|peer| peer.name()).collect();
+            let gone = before.iter().filter(|peer| !there.contains(&peer.name()));
+            let kept: Vec<Arc<Peer>> = gone
+                .map(|peer| Peer { kept_by: Some(KeptBy::Guard), ..(**peer).clone() })
+                .filter_map(|mut peer| {
+                    peer.addresses.retain(|address| !taken.contains(address));
+                    (!peer.addresses.is_empty()).then(|| Arc::new(peer))
+                })
+                .collect();
+            held.extend(kept.iter().map(|peer| peer.key()));
+            serving.extend(kept);
+            serving = in_order(serving);
         }
         let honoured = loses && self.hold.is_some() && now >= until;
         self.hold = (!held.is_empty()).then_some(Hold { until, before });
-        self.served = serving;
-        Serving {
-            peers: self.served.values().cloned().collect(),
-            held,
-            until: self.hold.as_ref().map(|hold| hold.until),
-            honoured,
-        }
+        self.served.clone_from(&serving);
+        let until = self.hold.as_ref().map(|hold| hold.until);
+        Serving { peers: serving, held, until, honoured }
     }
 
     /// Takes over what served before this process did, so that the first answer is judged, too.
-    pub fn restore(&mut self, peers: impl IntoIterator<Item = Peer>) {
-        self.served = peers.into_iter().map(|peer| (peer.key(), peer)).collect();
+    pub fn restore(&mut self, peers: impl IntoIterator<Item = Arc<Peer>>) {
+        self.served = in_order(peers.into_iter().collect());
     }
 }
 
@@ -138,11 +152,12 @@ impl Selection {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
     use crate::instance::Status;
-    use crate::policy::Excluded;
 
     const HOLD: Duration = Duration::from_secs(30);
 
@@ -162,7 +177,7 @@ mod tests {
     fn verdict(serve: &[u8], maintained: &[u8]) -> Verdict {
         let excluded = |id: &u8| Excluded { key: peer(*id).key(), reason: Reason::Maintenance };
         Verdict {
-            serve: serve.iter().map(|id| peer(*id)).collect(),
+            serve: serve.iter().map(|id| peer(*id).into()).collect(),
             excluded: maintained.iter().map(excluded).collect(),
             panic: false,
         }
@@ -304,14 +319,25 @@ mod tests {
         guard.judge(&verdict(&[1, 2], &[]), now);
         let mut new = peer(9);
         new.addresses = peer(1).addresses;
-        let serving = guard.judge(&Verdict { serve: vec![new], ..Verdict::default() }, now);
+        let serving = guard.judge(&Verdict { serve: vec![new.into()], ..Verdict::default() }, now);
         assert_eq!(ids(&serving), (vec![2, 9], vec![2]));
+    }
+
+    #[test]
+    fn of_two_of_one_name_the_later_one_counts() {
+        let mut guard = Guard::new(Settings { guard: 100, hold: HOLD });
+        let later = Peer { addresses: peer(9).addresses, ..peer(1) };
+        let all = [peer(2), peer(1), later.clone(), peer(0)].map(Arc::new);
+        let serving =
+            guard.judge(&Verdict { serve: all.to_vec(), ..Verdict::default() }, Instant::now());
+        let all: Vec<Peer> = serving.peers.iter().map(|peer| (**peer).clone()).collect();
+        assert_eq!(all, [peer(0), later, peer(2)]);
     }
 
     #[test]
     fn what_was_restored_is_guarded_too() {
         let mut line = Line::new(100, HOLD);
-        line.0.restore([peer(1)]);
+        line.0.restore([peer(1).into()]);
         assert_eq!(line.at(0, &[], &[]), (vec![1], vec![1]));
     }
 

@@ -65,7 +65,7 @@ fn source(peers: impl IntoIterator<Item = Peer>) -> Source {
     Source {
         key: "\"web\" dc=\"dc1\"".into(),
         datacenter: Some("dc1".into()),
-        peers: peers.into_iter().collect(),
+        peers: peers.into_iter().map(Arc::new).collect(),
     }
 }
 
@@ -631,8 +631,11 @@ fn any_state() -> impl Strategy<Value = State> {
         peers.retain(|peer| !peer.addresses.is_empty());
         peers
     });
-    let source = (any::<String>(), any::<Option<String>>(), peers)
-        .prop_map(|(key, datacenter, peers)| Source { key, datacenter, peers });
+    let source =
+        (any::<String>(), any::<Option<String>>(), peers).prop_map(|(key, datacenter, peers)| {
+            let peers = peers.into_iter().map(Arc::new).collect();
+            Source { key, datacenter, peers }
+        });
     proptest::collection::vec(source, 0..4).prop_map(|sources| State { sources })
 }
 
@@ -681,7 +684,7 @@ fn two_stores_may_have_one_directory() {
     let dir = Dir::new();
     let (one, other) = (dir.store(), dir.store().with_prefix("stream~"));
     let state = |n| {
-        let source = Source { key: "web".into(), datacenter: None, peers: vec![peer(n)] };
+        let source = Source { key: "web".into(), datacenter: None, peers: vec![peer(n).into()] };
         State { sources: vec![source] }
     };
     for name in ["app", "stream~app"] {
