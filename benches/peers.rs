@@ -11,14 +11,15 @@ mod fake_consul;
 
 use std::fs;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use testbed::nginx::Builder;
 use testbed::{Dir, Load, Net, Nginx, Options, http};
 
 use common::figure::Figure;
-use common::{PATIENCE, is_quick, quantile};
+use common::{PATIENCE, is_quick, ms, quantile};
 use fake_consul::FakeConsul;
 
 /// The bar: for how long a change of one peer locks the list, at p99.
@@ -29,6 +30,9 @@ const KEPT: &str = "keepalive 256;";
 
 /// Both sides' zones have room.
 const ZONE: &str = "zone web 64m;";
+
+/// Between two looks at the log for a change.
+const BREATH: Duration = Duration::from_micros(100);
 
 /// From so many peers on the zone's memory tells what each of them takes.
 const WHOLE_PAGES: usize = 1_000;
@@ -58,14 +62,15 @@ fn main() -> ExitCode {
          without the module\nand with static servers\n"
     );
     println!(
-        "{:>7} {:^32} {:^32} {:^32}",
+        "{:>7} {:^32} {:^32} {:^32} {:>10}",
         "",
         "processor time of a request, us",
         "zone, bytes for each peer",
-        "locked for one change, ns"
+        "locked for one change, ns",
+        "live, ms"
     );
     println!(
-        "{:>7} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "{:>7} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
         "peers",
         "ours",
         "static",
@@ -75,7 +80,8 @@ fn main() -> ExitCode {
         "ours more",
         "median",
         "p99",
-        "max"
+        "max",
+        "median"
     );
     let mut met = true;
     for size in all {
@@ -151,18 +157,20 @@ fn measure(size: &Size) -> bool {
     let [time, time_static] =
         [&times, &times_static].map(|times| quantile(times, 0.5).as_secs_f64() * 1e6);
 
+    let live = quantile(&consul.change_at_rest(size, &entries), 0.5);
     let locked = consul.change(size, &entries);
     let [median, p99, max] = [0.5, 0.99, 1.0].map(|part| quantile(&locked, part).as_nanos());
     let more = |ours: f64, theirs: f64| format!("{:.1} %", 100.0 * (ours / theirs - 1.0));
     let column = |of: &dyn Fn((f64, f64)) -> String| memory.map_or("-".into(), of);
     println!(
         "{:>7} {time:>10.1} {time_static:>10.1} {:>10} {:>10} {:>10} {:>10} {median:>10} {p99:>10} \
-         {max:>10}",
+         {max:>10} {:>10.2}",
         size.peers,
         more(time, time_static),
         column(&|(ours, _)| format!("{ours:.0}")),
         column(&|(_, theirs)| format!("{theirs:.0}")),
         column(&|(ours, theirs)| more(ours, theirs)),
+        ms(live),
     );
     let peers = size.peers;
     let note = |what: &str, ours, rival, bar| {
@@ -173,6 +181,7 @@ fn measure(size: &Size) -> bool {
         note("zone for each peer, bytes", ours, Some(("static servers", theirs)), None);
     }
     note("locked for one change at p99, us", p99 as f64 / 1e3, None, Some(10.0));
+    note("a change in the list, ms", ms(live), None, None);
     quantile(&locked, 0.99) <= LOCKED
 }
 
@@ -191,23 +200,51 @@ impl Changing<'_> {
         self.nginx.wait_log(&line, 1, PATIENCE);
     }
 
-    /// One peer at any place goes, and comes back, under load. For how long each locked the list.
-    fn change(&mut self, size: &Size, entries: &[Value]) -> Vec<Duration> {
-        let pause = Duration::from_millis(1);
-        let load = Load::start(self.nginx.addr(), &Options::default().pause(pause));
-        for n in 0..size.changes {
+    /// Without one of the peers, or with all of them, at each change, and at any place.
+    fn sets<'e>(size: &Size, entries: &'e [Value]) -> impl Iterator<Item = Vec<Value>> + 'e {
+        (0..size.changes).map(|n| {
             let out = (n / 2 * 7919 + 13) % entries.len();
             match n % 2 {
-                0 => self.know(&[&entries[..out], &entries[out + 1..]].concat()),
-                _ => self.know(entries),
+                0 => [&entries[..out], &entries[out + 1..]].concat(),
+                _ => entries.to_vec(),
             }
-        }
+        })
+    }
+
+    /// One peer goes, and comes back. How long after the answer was on its way it was in the list,
+    /// each time.
+    fn change_at_rest(&mut self, size: &Size, entries: &[Value]) -> Vec<Duration> {
+        let live = |set: Vec<Value>| {
+            self.index += 1;
+            self.fake.know(self.index, &set);
+            let line = format!("of {} instances serve, index {}", set.len(), self.index);
+            let begin = Instant::now();
+            while !self.nginx.log().contains(&line) {
+                assert!(begin.elapsed() < PATIENCE, "not in the log: {line}");
+                sleep(BREATH);
+            }
+            let seen = Instant::now();
+            seen.saturating_duration_since(self.fake.sent().expect("an answer"))
+        };
+        Self::sets(size, entries).map(live).collect()
+    }
+
+    /// The same under load. For how long each locked the list.
+    fn change(&mut self, size: &Size, entries: &[Value]) -> Vec<Duration> {
+        let pause = Duration::from_millis(1);
+        let before = self.locked().len();
+        let load = Load::start(self.nginx.addr(), &Options::default().pause(pause));
+        Self::sets(size, entries).for_each(|set| self.know(&set));
         load.stop().assert_nothing_lost();
+        self.locked().split_off(before)
+    }
+
+    /// For how long each change so far has locked the list.
+    fn locked(&self) -> Vec<Duration> {
         let log = fs::read_to_string(self.nginx.dir().join("ours/debug.log")).expect("the log");
         let lines = log.lines().filter_map(|line| line.split_once("the list was locked for "));
         let times = lines.filter_map(|(_, time)| time.trim_end_matches("ns").parse().ok());
-        // The first one was the whole set.
-        times.map(Duration::from_nanos).skip(1).collect()
+        times.map(Duration::from_nanos).collect()
     }
 }
 

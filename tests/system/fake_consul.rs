@@ -6,6 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use testbed::{Net, eventually};
@@ -32,6 +33,8 @@ struct State {
     before: usize,
     requests: Vec<Request>,
     connections: Vec<TcpStream>,
+    /// When the last answer was on its way as a whole.
+    sent: Option<Instant>,
     ended: bool,
 }
 
@@ -149,6 +152,7 @@ impl FakeConsul {
                 before: 0,
                 requests: Vec::new(),
                 connections: Vec::new(),
+                sent: None,
                 ended: false,
             }),
             changed: Condvar::new(),
@@ -204,6 +208,12 @@ impl FakeConsul {
             let state = self.shared.lock();
             state.requests.len() >= state.before + more
         });
+    }
+
+    /// When the last answer was on its way as a whole, if there was one.
+    #[allow(dead_code, reason = "a benchmark uses it")]
+    pub fn sent(&self) -> Option<Instant> {
+        self.shared.lock().sent
     }
 
     /// How often anybody has connected.
@@ -279,6 +289,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
         }
         let Some(reply) = shared.reply(&request) else { break };
         stream.write_all(&reply.bytes())?;
+        shared.lock().sent = Some(Instant::now());
         match reply.end {
             End::Whole => {}
             End::Cut => break,
