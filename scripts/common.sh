@@ -34,3 +34,14 @@ if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then
     failpoints=(--package failpoints --features failpoints)
   fi
 fi
+
+# Runs a command in a network of its own, with nothing but the loopback, where that can be had. On a machine with Docker or a
+# firewall the kernel remembers each connection for two minutes, and large tests fill its table: it drops packets then.
+in_own_network() {
+  if unshare --net -- ip link set lo up 2>/dev/null; then
+    # shellcheck disable=SC2016 # for the shell in there
+    unshare --net -- sh -c 'ip link set lo up && exec "$@"' sh "$@"
+  else
+    "$@"
+  fi
+}
