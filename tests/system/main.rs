@@ -11,6 +11,7 @@ mod guard;
 mod agents;
 mod balancers;
 mod changes;
+mod churn;
 mod config;
 mod consul;
 mod crash;

@@ -1,7 +1,7 @@
 //! TCP and UDP: what is nginx's stream alone, and what the http tests ask by means that a stream does not
 //! have. The methods run from the same table as http's, in `balancers`.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -18,6 +18,7 @@ use testbed::{
 };
 
 use crate::balancers::STREAM_METHODS;
+use crate::churn::Replaced;
 use crate::common::{
     Instance, PATIENCE, Serve, Stage, asking_of, changes, connections, followers, full, met_anew,
     scaled, serves, serves_anew, serves_anew_now, serves_now, v4, web,
@@ -67,73 +68,6 @@ fn churn_while<T: Send>(
         let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (changes.load(Ordering::Relaxed), result)
     })
-}
-
-/// Servers of which the oldest is replaced by a new one again and again.
-struct Replaced<'a, S> {
-    fake: &'a FakeConsul,
-    start: Box<dyn Fn(usize) -> (SocketAddr, S) + Send + 'a>,
-    live: VecDeque<(String, SocketAddr, S)>,
-    begun: usize,
-    /// How long one that Consul knows no longer still answers.
-    linger: Duration,
-}
-
-impl<'a, S: Send> Replaced<'a, S> {
-    /// So many that Consul knows; `start` makes the server of a number.
-    fn new(
-        fake: &'a FakeConsul,
-        number: usize,
-        linger: Duration,
-        start: impl Fn(usize) -> (SocketAddr, S) + Send + 'a,
-    ) -> Self {
-        let start = Box::new(start);
-        let mut all = Replaced { fake, start, live: VecDeque::new(), begun: 0, linger };
-        (0..number).for_each(|_| all.begin_one());
-        all.tell();
-        all
-    }
-
-    fn begin_one(&mut self) {
-        let (addr, server) = (self.start)(self.begun);
-        self.live.push_back((format!("web-{}", self.begun), addr, server));
-        self.begun += 1;
-    }
-
-    fn tell(&self) {
-        let all: Vec<Value> = self.live.iter().map(|(id, addr, _)| entry(id, *addr)).collect();
-        self.fake.know(self.begun as u64, &all);
-    }
-
-    /// Replaces one at each step while `work` goes on. Returns how often.
-    fn replace_while<T: Send>(
-        mut self,
-        pace: Duration,
-        work: impl FnOnce(&AtomicUsize) -> T + Send,
-    ) -> (usize, T) {
-        let (done, changes) = (AtomicBool::new(false), AtomicUsize::new(0));
-        thread::scope(|scope| {
-            let (done, changes) = (&done, &changes);
-            scope.spawn(move || {
-                let mut leaving = VecDeque::new();
-                while !done.load(Ordering::Relaxed) {
-                    self.begin_one();
-                    let oldest = self.live.pop_front();
-                    self.tell();
-                    leaving.push_back((Instant::now(), oldest));
-                    while leaving.front().is_some_and(|(left, _)| left.elapsed() >= self.linger) {
-                        leaving.pop_front();
-                    }
-                    changes.fetch_add(1, Ordering::Relaxed);
-                    thread::sleep(pace);
-                }
-            });
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(changes)));
-            done.store(true, Ordering::Relaxed);
-            let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            (changes.load(Ordering::Relaxed), result)
-        })
-    }
 }
 
 #[test]
