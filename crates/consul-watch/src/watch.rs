@@ -18,6 +18,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
@@ -194,6 +195,13 @@ pub async fn follow(
     }
 }
 
+/// What this thread has had of a processor. By the clock on the wall a thread that has to wait for one
+/// would have worked meanwhile, and would rest for it: changes came late on a busy machine.
+fn processor_time() -> Duration {
+    // Both parts of a time that passes are positive.
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
 /// A time that tokio's clock knows.
 fn whole(rest: Duration) -> Duration {
     rest.max(TICK)
@@ -284,11 +292,11 @@ impl Watch {
     ) -> Result<Duration, Error> {
         let answer = answer?;
         // The judging alone is work: while a set is taken over the watch waits, and costs nothing.
-        let begin = Instant::now();
+        let begin = processor_time();
         // An index of 0 would make the next query return at once.
         let (index, body) = (answer.index.max(1), brief(&answer.body));
         let verdict = self.judge(ask, index, &answer.body, body)?;
-        let work = begin.elapsed();
+        let work = processor_time().saturating_sub(begin);
         match verdict {
             // The next question is a consistent one.
             Verdict::Suspicious => self.index = None,
