@@ -402,7 +402,7 @@ fn the_state_hands_over_at_an_upgrade() {
 /// taken back meanwhile and its instance has left.
 #[test]
 fn an_upgrade_is_taken_back() {
-    let stage = Stage::set("stream_back");
+    let stage = Stage::set("stream_upgrade_back");
     let [one, two, three] = stage.web();
     let greeter = Greeter::start(&stage.net, 20, "one");
     stage.register([&one, &two]);

@@ -552,3 +552,16 @@ async fn the_network_is_the_transports() {
     let _ = tokio::time::timeout(Duration::from_secs(60), following).await;
     assert_eq!(ports.0, [8080]);
 }
+
+/// What a thread rests for is its work: that it had to wait for a processor is none.
+#[test]
+fn a_wait_is_no_work() {
+    let begin = processor_time();
+    // So long is waited for on purpose: it is what must not be counted.
+    std::thread::sleep(Duration::from_millis(50));
+    let waited = processor_time() - begin;
+    assert!(waited < Duration::from_millis(25), "{waited:?}");
+    while processor_time() - begin < Duration::from_millis(2) {
+        std::hint::black_box(brief(&[0; 1024]));
+    }
+}
