@@ -427,6 +427,8 @@ fn an_upgrade_is_taken_back() {
     stage.consul.deregister("web-1");
     stage.consul.deregister("greeter-1");
     serves_anew(addr, &["web-2", "web-3"]);
+    let left = format!("-{} (greeter-1)", greeter.addr());
+    eventually(PATIENCE, "the session's has left", || nginx.log_count(&left) > 0);
     eventually(PATIENCE, "its last request is answered", || one.backend.in_flight() == 0);
     one.backend.stop();
 
