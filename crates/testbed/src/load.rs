@@ -475,7 +475,10 @@ mod tests {
             let report = Load::run(backend.addr(), 300, &options);
             report.assert_nothing_lost();
             assert_eq!((report.ok, report.backends["one"]), (300, 300));
-            assert_eq!(report.connections, if keepalive { 3 } else { 300 });
+            // Which of the clients sends how many of them is luck, and one that sends none has no
+            // connection.
+            let connections = if keepalive { 1..=3 } else { 300..=300 };
+            assert!(connections.contains(&report.connections), "{}", report.connections);
             assert_eq!(backend.requests(), 300);
         }
     }
