@@ -1,8 +1,9 @@
-//! The body of a health answer: it is read or refused, in the order that is promised.
+//! The body of a health answer: it is read or refused, in the order that is promised. Of several, a
+//! line each, every one says what it says alone, whatever was read before.
 
 #![no_main]
 
-use consul_watch::health::{MAX_INSTANCES, parse};
+use consul_watch::health::{MAX_INSTANCES, Reader, parse};
 use consul_watch::query::Network;
 use libfuzzer_sys::fuzz_target;
 
@@ -21,6 +22,14 @@ fuzz_target!(|body: &[u8]| {
                 let text = error.to_string();
                 assert!(text.len() < 1000 && text.bytes().all(|b| (b' '..=b'~').contains(&b)));
             }
+        }
+    }
+    let mut reader = Reader::new(Network::Lan);
+    for line in body.split(|byte| *byte == b'\n') {
+        match (reader.read(line), parse(line, Network::Lan)) {
+            (Ok(read), Ok(alone)) => assert_eq!(read, alone),
+            (Err(read), Err(alone)) => assert_eq!(read.to_string(), alone.to_string()),
+            (read, alone) => panic!("{read:?}, and alone {alone:?}"),
         }
     }
 });

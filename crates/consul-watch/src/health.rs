@@ -5,16 +5,19 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt;
+use std::sync::Arc;
 
-use serde::Deserialize;
-use serde::de::{Deserializer as _, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::error::Error;
 use crate::instance::{Instance, Status, Weights, address};
 use crate::policy::meta::PREFIX;
 use crate::query::Network;
+
+mod reader;
+
+pub use reader::Reader;
 
 /// More instances of one service than any upstream is meant for; a bound on memory.
 pub const MAX_INSTANCES: usize = 100_000;
@@ -103,56 +106,40 @@ struct Check<'a> {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Listing {
     /// The instances in the order of node and service ID; Consul's own order is not stable.
-    pub instances: Vec<Instance>,
-    /// The datacenter that they are in; unknown where there are none.
+    pub instances: Vec<Arc<Instance>>,
+    /// The datacenter that the first one of the answer is in, as they all are; unknown where there are
+    /// none.
     pub datacenter: Option<String>,
 }
 
-/// Reads an answer's body; `network` says which of an instance's addresses is meant.
+/// Reads an answer's body that none came before; `network` says which of an instance's addresses is
+/// meant.
 pub fn parse(body: &[u8], network: Network) -> Result<Listing, Error> {
-    let mut entries = Entries { listing: Listing::default(), network, too_many: false };
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let read = json.deserialize_seq(&mut entries).and_then(|()| json.end());
-    let Entries { mut listing, too_many, .. } = entries;
-    if too_many {
-        return Err(Error::TooMany { limit: MAX_INSTANCES });
-    }
-    read.map_err(|err| Error::json(&err))?;
-    listing.instances.sort_by(|a, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
-    Ok(listing)
+    Reader::new(network).read(body)
 }
 
-/// Judges each entry as it is read: a large answer is in memory once, and what it becomes.
-struct Entries {
-    listing: Listing,
-    network: Network,
-    too_many: bool,
-}
+/// Why a body is no answer.
+fn refusal(body: &[u8]) -> Error {
+    /// An entry that is looked at and forgotten.
+    struct Seen;
 
-impl<'de> Visitor<'de> for &mut Entries {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of instances")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        let Listing { instances, datacenter } = &mut self.listing;
-        while let Some(mut entry) = seq.next_element::<Entry>()? {
-            if instances.len() == MAX_INSTANCES {
-                self.too_many = true;
-                return Err(A::Error::custom("too many instances"));
-            }
-            if datacenter.is_none() {
-                *datacenter = entry.node.datacenter.take().map(|it| it.0.into_owned());
-            }
-            instances.push(entry.judge(self.network));
+    impl<'de> Deserialize<'de> for Seen {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            Entry::deserialize(deserializer).map(|_| Self)
         }
-        Ok(())
+    }
+
+    match serde_json::from_slice::<Vec<Seen>>(body) {
+        Err(err) => Error::json(&err),
+        Ok(_) => Error::Invalid("no list of instances".into()),
     }
 }
 
 impl Entry<'_> {
+    fn datacenter(&self) -> Option<String> {
+        self.node.datacenter.as_ref().map(|it| it.0.clone().into_owned())
+    }
+
     fn judge(self, network: Network) -> Instance {
         let (host, port) = self.address(network);
         let address = address(host, port);
@@ -258,7 +245,7 @@ mod tests {
     fn one_in(network: Network, value: Value) -> Instance {
         let mut all = parse(json!([value]).to_string().as_bytes(), network).unwrap().instances;
         assert_eq!(all.len(), 1);
-        all.remove(0)
+        (*all.remove(0)).clone()
     }
 
     fn at(text: &str) -> Endpoint {
@@ -294,7 +281,7 @@ mod tests {
             weights: Weights { passing: 3, warning: 0 },
             meta: BTreeMap::new(),
         };
-        let listing = Listing { instances: vec![instance], datacenter: Some("dc1".into()) };
+        let listing = Listing { instances: vec![instance.into()], datacenter: Some("dc1".into()) };
         assert_eq!(parse(body.as_bytes(), Network::Lan).unwrap(), listing);
     }
 
@@ -451,7 +438,7 @@ mod tests {
         let at = |node: &str, id: &str| json!({"Node": {"Node": node, "Address": "1.1.1.1"}, "Service": {"ID": id, "Port": 1}});
         let body = json!([at("n2", "a"), at("n1", "b"), at("n1", "a")]).to_string();
         let all = parse(body.as_bytes(), Network::Lan).unwrap().instances;
-        let keys: Vec<_> = all.iter().map(|i| (i.node.as_str(), i.id.as_str())).collect();
+        let keys: Vec<_> = all.iter().map(|one| one.key()).collect();
         assert_eq!(keys, [("n1", "a"), ("n1", "b"), ("n2", "a")]);
     }
 

@@ -45,6 +45,11 @@ pub enum Host {
 }
 
 impl Instance {
+    /// By what it is known: its node and its service ID.
+    pub fn key(&self) -> (&str, &str) {
+        (&self.node, &self.id)
+    }
+
     /// The host name that has to be resolved before it can serve.
     pub fn name(&self) -> Option<&str> {
         match &self.address {

@@ -255,7 +255,8 @@ mod tests {
     }
 
     fn snapshot(instances: &[Instance]) -> Snapshot {
-        Snapshot { instances: instances.to_vec().into(), ..Default::default() }
+        let instances = instances.iter().cloned().map(Arc::new).collect();
+        Snapshot { instances, ..Default::default() }
     }
 
     fn instance(status: Status) -> Instance {

@@ -13,7 +13,6 @@
 //! The rules of the index are those of Consul's documentation, "Blocking Queries".
 
 use std::convert::Infallible;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::error::Error;
-use crate::health::{self, Listing};
+use crate::health::{Listing, Reader};
 use crate::instance::Instance;
 use crate::names::{Lookup, Names, Resolved};
 use crate::pace::Pace;
@@ -109,7 +108,7 @@ pub struct Snapshot {
     /// Consul's index.
     pub index: u64,
     /// The instances, in the order of node and service ID.
-    pub instances: Arc<[Instance]>,
+    pub instances: Arc<[Arc<Instance>]>,
     /// The datacenter that they are in; unknown where there are none.
     pub datacenter: Option<String>,
     /// The addresses of their host names, as far as they are known.
@@ -154,7 +153,7 @@ pub async fn follow(
     sink: &mut impl Sink,
 ) -> Infallible {
     let (network, before) = (transport.network(), sink.before());
-    let mut watch = Watch { network, before, ..Watch::default() };
+    let mut watch = Watch { reader: Reader::new(network), before, ..Watch::default() };
     let mut backoff = Backoff::default();
     let mut pace = Pace::default();
     loop {
@@ -218,7 +217,7 @@ async fn cut<T>(until: Option<Instant>, this: impl Future<Output = T>) -> Option
 /// What is known so far.
 #[derive(Debug, Default)]
 struct Watch {
-    network: Network,
+    reader: Reader,
     /// What the sink had before the first answer.
     before: Vec<(String, String)>,
     /// The index to wait on; none after an error.
@@ -227,8 +226,6 @@ struct Watch {
     high: u64,
     /// What was taken over last.
     last: Option<Arc<Snapshot>>,
-    /// The body that it was read from, in brief: most answers repeat it.
-    body: Option<Brief>,
     /// When the sink wants to be called again, whatever the answer.
     recheck: Option<Instant>,
     /// When it was told of names last.
@@ -294,15 +291,14 @@ impl Watch {
         // The judging alone is work: while a set is taken over the watch waits, and costs nothing.
         let begin = processor_time();
         // An index of 0 would make the next query return at once.
-        let (index, body) = (answer.index.max(1), brief(&answer.body));
-        let verdict = self.judge(ask, index, &answer.body, body)?;
+        let index = answer.index.max(1);
+        let verdict = self.judge(ask, index, &answer.body)?;
         let work = processor_time().saturating_sub(begin);
         match verdict {
             // The next question is a consistent one.
             Verdict::Suspicious => self.index = None,
             Verdict::Same => {
                 sink.answered();
-                self.body = Some(body);
                 self.advance(index);
                 sink.heard(index, transport.agent());
             }
@@ -312,7 +308,7 @@ impl Watch {
                 }
                 drop(answer);
                 sink.answered();
-                names.want(listing.instances.iter().filter_map(Instance::name));
+                names.want(listing.instances.iter().filter_map(|one| one.name()));
                 names.settled(SETTLE).await;
                 let snapshot = Snapshot {
                     index,
@@ -321,7 +317,6 @@ impl Watch {
                     names: names.resolved(),
                 };
                 self.give(snapshot, sink).await;
-                self.body = Some(body);
                 self.advance(index);
                 sink.heard(index, transport.agent());
             }
@@ -335,26 +330,23 @@ impl Watch {
         self.last = Some(snapshot);
     }
 
-    fn judge(&self, ask: Ask, index: u64, body: &[u8], brief: Brief) -> Result<Verdict, Error> {
+    fn judge(&mut self, ask: Ask, index: u64, body: &[u8]) -> Result<Verdict, Error> {
         if index < self.high && matches!(ask, Ask::Blocking { .. }) {
             return Ok(Verdict::Suspicious);
         }
-        let due = self.is_due();
-        if !due && self.body == Some(brief) {
-            return Ok(Verdict::Same);
-        }
-        let listing = health::parse(body, self.network)?;
+        let listing = self.reader.read(body)?;
         self.check_use(&listing.instances)?;
         Ok(match &self.last {
-            Some(last) if *last.instances == *listing.instances && !due => Verdict::Same,
+            // One that was not read anew is equal at a glance.
+            Some(last) if *last.instances == *listing.instances && !self.is_due() => Verdict::Same,
             _ => Verdict::Changed(listing),
         })
     }
 
     /// An answer most of which is nonsense takes nothing away. Where nothing was there what is good
     /// of it serves.
-    fn check_use(&self, instances: &[Instance]) -> Result<(), Error> {
-        let usable = |all: &[Instance]| all.iter().filter(|one| one.address.is_ok()).count();
+    fn check_use(&self, instances: &[Arc<Instance>]) -> Result<(), Error> {
+        let usable = |all: &[Arc<Instance>]| all.iter().filter(|one| one.address.is_ok()).count();
         let before = self.last.as_ref().map_or(self.before.len(), |last| usable(&last.instances));
         let (all, usable_now) = (instances.len(), usable(instances));
         let unusable = all - usable_now;
@@ -366,8 +358,8 @@ impl Watch {
 
     /// Whether an answer takes instances away, and on which nodes: `None` where it does not. An
     /// empty one while nothing is known counts, too.
-    fn taken_away<'a>(&'a self, instances: &[Instance]) -> Option<Vec<&'a str>> {
-        let mut left = instances.iter().map(name).peekable();
+    fn taken_away<'a>(&'a self, instances: &[Arc<Instance>]) -> Option<Vec<&'a str>> {
+        let mut left = instances.iter().map(|one| one.key()).peekable();
         // Both are in the same order.
         let mut nodes: Vec<&str> = Vec::new();
         for this in self.known() {
@@ -383,12 +375,12 @@ impl Watch {
 
     /// The instances that were there, by node and service ID and in that order.
     fn known(&self) -> impl Iterator<Item = (&str, &str)> {
-        let (last, before): (&[Instance], &[_]) = match &self.last {
+        let (last, before): (&[Arc<Instance>], &[_]) = match &self.last {
             Some(last) => (&last.instances, &[]),
             None => (&[], &self.before),
         };
         last.iter()
-            .map(name)
+            .map(|one| one.key())
             .chain(before.iter().map(|(node, id): &(String, String)| (&**node, &**id)))
     }
 
@@ -402,20 +394,6 @@ impl Watch {
         // Not the maximum: a consistent read with a low index is a restore or a wipe.
         self.high = index;
     }
-}
-
-/// An instance's node and service ID.
-fn name(instance: &Instance) -> (&str, &str) {
-    (&instance.node, &instance.id)
-}
-
-/// A body's length and hash.
-type Brief = (usize, u64);
-
-fn brief(body: &[u8]) -> Brief {
-    let mut hasher = DefaultHasher::new();
-    body.hash(&mut hasher);
-    (body.len(), hasher.finish())
 }
 
 #[cfg(test)]

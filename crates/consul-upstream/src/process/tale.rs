@@ -93,7 +93,7 @@ impl Tale {
         self.omitted = gone.len().saturating_sub(ROWS) as u64;
         gone.truncate(ROWS);
         let wanted: HashSet<_> = gone.iter().map(|(key, ..)| name(key)).collect();
-        let all = snapshot.instances.iter().map(|it| ((it.node.as_str(), it.id.as_str()), it));
+        let all = snapshot.instances.iter().map(|it| (it.key(), it));
         let instances: HashMap<_, _> = all.filter(|(name, _)| wanted.contains(name)).collect();
         self.rows = gone
             .iter()

@@ -562,6 +562,6 @@ fn a_wait_is_no_work() {
     let waited = processor_time() - begin;
     assert!(waited < Duration::from_millis(25), "{waited:?}");
     while processor_time() - begin < Duration::from_millis(2) {
-        std::hint::black_box(brief(&[0; 1024]));
+        std::hint::black_box((0..1024).map(std::hint::black_box).sum::<u64>());
     }
 }
