@@ -256,12 +256,16 @@ impl Container {
     /// When it started, or ended.
     #[track_caller]
     pub fn time(&self, of: &str) -> SystemTime {
-        let time = self.docker(&["inspect", "--format", &format!("{{{{.State.{of}}}}}")]);
-        let seconds = Command::new("date").args(["--date", &time, "+%s.%N"]).output();
-        let seconds = seconds.expect("run date").stdout;
-        let seconds: f64 = String::from_utf8_lossy(&seconds).trim().parse().expect("a time");
-        SystemTime::UNIX_EPOCH + Duration::from_secs_f64(seconds)
+        time(&self.docker(&["inspect", "--format", &format!("{{{{.State.{of}}}}}")]))
     }
+}
+
+/// A time as Docker writes it.
+pub fn time(text: &str) -> SystemTime {
+    let seconds = Command::new("date").args(["--date", text, "+%s.%N"]).output();
+    let seconds = seconds.expect("run date").stdout;
+    let seconds: f64 = String::from_utf8_lossy(&seconds).trim().parse().expect("a time");
+    SystemTime::UNIX_EPOCH + Duration::from_secs_f64(seconds)
 }
 
 /// Runs the docker program; what it says, without the line's end.
