@@ -71,10 +71,14 @@ impl Reader {
         let last = &self.last;
         let mut read = Read::default();
         let (mut rest, mut place) = (body, 0);
+        // So many bytes may be hashed in vain: a very large entry with many new ones before it is not
+        // to be looked for at each of them.
+        let mut spare = body.len();
         while read.entries.len() <= MAX_INSTANCES {
             let is_first = read.entries.is_empty();
             // The bracket is the first one's alone.
-            let same = last.entries.get(place).filter(|_| is_first == (place == 0));
+            let same = last.entries.get(place);
+            let same = same.filter(|known| is_first == (place == 0) && known.length <= spare);
             let known = match same.filter(|known| self.is_at(rest, known)) {
                 Some(known) => {
                     if is_first {
@@ -84,6 +88,7 @@ impl Reader {
                     known.clone()
                 }
                 None => {
+                    spare -= same.map_or(0, |known| known.length);
                     let Some((entry, length)) = next(rest, is_first)? else { break };
                     if is_first {
                         read.datacenter = entry.datacenter();
@@ -227,6 +232,20 @@ mod tests {
                 before = after;
             }
         }
+    }
+
+    #[test]
+    fn a_large_one_is_not_looked_for_again_and_again() {
+        let mut large = entry(255, 80);
+        large["Node"]["Node"] = json!("z");
+        large["Service"]["Tags"] = json!(["x".repeat(1 << 20)]);
+        let mut reader = Reader::new(Network::Lan);
+        reader.read(&body(vec![entry(0, 80), large.clone()], false)).unwrap();
+        let all = (0..200).map(|id| entry(id, 80)).chain([large]).collect();
+        let body = body(all, false);
+        reader.reads.set(0);
+        assert_eq!(reader.read(&body).unwrap(), parse(&body, Network::Lan).unwrap());
+        assert_eq!(reader.reads.get(), 200, "it was looked for once, and then read as well");
     }
 
     #[test]
