@@ -273,7 +273,11 @@ mod tests {
         let mut reader = Reader::new(Network::Lan);
         reader.read(good.as_bytes()).unwrap();
         let [a, b, c] = &texts[..] else { panic!("three") };
+        // Before all the others, so that the one with the bracket is looked for after it.
+        let new = a.replace("\"n0\"", "\"a\"");
+        assert_ne!(&new, a);
         for bad in [
+            format!("[{new}[{a},{b},{c}]"),
             format!("[{a}[{a},{b},{c}]"),
             format!(",{a},{b},{c}]"),
             format!("[,{a},{b},{c}]"),
