@@ -11,6 +11,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -562,8 +563,13 @@ impl Builder {
     }
 }
 
-/// The first two numbers of a Consul's version.
+/// The first two numbers of a Consul's version. All Consuls of a process are of one binary.
 fn version(binary: &PathBuf) -> Result<(u32, u32), String> {
+    static KNOWN: OnceLock<Result<(u32, u32), String>> = OnceLock::new();
+    KNOWN.get_or_init(|| ask_version(binary)).clone()
+}
+
+fn ask_version(binary: &PathBuf) -> Result<(u32, u32), String> {
     let said = Command::new(binary)
         .arg("version")
         .output()

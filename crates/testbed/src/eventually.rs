@@ -1,11 +1,16 @@
 //! Waiting for a condition, with a bound.
 
 use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to wait between two looks at a condition.
-const INTERVAL: Duration = Duration::from_millis(3);
+/// The shortest and the longest time between two looks at a condition. A look often costs a request or
+/// a walk over all processes, and many tests wait at once: after the first moments they look less often.
+const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(3)..=Duration::from_millis(25);
+
+/// By this part of the time that was waited already a condition may be seen later than it holds.
+const LATER: u32 = 16;
 
 /// What a look at a condition can answer: `bool`, `Option<T>`, or `Result<T, E>`, whose error
 /// tells the state that was seen.
@@ -40,7 +45,7 @@ impl<T, E: Display> Attempt for Result<T, E> {
     }
 }
 
-/// Looks every few milliseconds until the condition holds.
+/// Looks again and again until the condition holds.
 ///
 /// # Panics
 ///
@@ -56,12 +61,13 @@ pub(crate) fn within<A: Attempt>(
     timeout: Duration,
     mut look: impl FnMut() -> A,
 ) -> Result<A::Output, String> {
-    let deadline = Instant::now() + timeout;
+    let begin = Instant::now();
     loop {
+        let waited = begin.elapsed();
         match look().outcome() {
             Ok(value) => return Ok(value),
-            Err(seen) if Instant::now() >= deadline => return Err(seen),
-            Err(_) => thread::sleep(INTERVAL),
+            Err(seen) if waited >= timeout => return Err(seen),
+            Err(_) => thread::sleep((waited / LATER).clamp(*INTERVAL.start(), *INTERVAL.end())),
         }
     }
 }
