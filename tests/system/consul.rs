@@ -19,61 +19,6 @@ const SLACK: Duration = Duration::from_secs(5);
 // ---- away
 
 #[test]
-fn absent_at_the_start_and_there_later() {
-    let (net, dir) = (Net::isolated(), Dir::new("absent"));
-    let consul = Consul::builder(&net, &dir);
-    let [one] = web(&net);
-    let fixed = Backend::start(&net, 20, "fixed");
-    let begin = Instant::now();
-    let nginx = asking(&net, &dir, &consul.url())
-        .http("consul_start_timeout 300ms;")
-        .workers(2)
-        .upstream("web", "consul_upstream web;")
-        .upstream("fallback", &format!("consul_upstream web; server {};", fixed.addr()))
-        .start();
-    let [web, fallback] = nginx.addrs() else { panic!("two servers") };
-    assert!(begin.elapsed() < Duration::from_millis(300) + SLACK, "{:?}", begin.elapsed());
-    serves_now(*web, &["502"]);
-    serves_now(*fallback, &["fixed"]);
-    for upstream in ["web", "fallback"] {
-        nginx.wait_log(&format!("upstream \"{upstream}\": no answer yet"), 1, PATIENCE);
-        nginx.wait_log(
-            &format!("upstream \"{upstream}\": service \"web\" at http://"),
-            1,
-            PATIENCE,
-        );
-    }
-
-    let consul = consul.start();
-    consul.register(&one.service);
-    serves(*web, &["web-1"]);
-    serves(*fallback, &["fixed", "web-1"]);
-    nginx.wait_log("answers again, after ", 2, PATIENCE);
-    assert_eq!(nginx.log_count("no answer yet"), 2);
-}
-
-/// A Consul that takes the connection and says nothing holds a start up no longer than one that is
-/// not there.
-#[test]
-fn silent_at_the_start() {
-    let (net, dir) = (Net::isolated(), Dir::new("silent"));
-    let fake = FakeConsul::start(&net);
-    fake.script(|_| None);
-    let begin = Instant::now();
-    let nginx = asking(&net, &dir, &fake.url())
-        .http("consul_start_timeout 300ms; consul_timeout 1s;")
-        .workers(2)
-        .upstream("web", "consul_upstream web;")
-        .start();
-    assert!(begin.elapsed() < Duration::from_millis(300) + SLACK, "{:?}", begin.elapsed());
-    serves_now(nginx.addr(), &["502"]);
-    nginx.wait_log("no answer in time", 1, PATIENCE);
-    let [one] = web(&net);
-    fake.know(3, &[entry("web-1", one.addr())]);
-    serves(nginx.addr(), &["web-1"]);
-}
-
-#[test]
 fn killed_and_restarted_while_requests_flow() {
     let mut stage = Stage::with("killed", |consul| consul.persistent());
     let [one, two, three] = stage.web();
@@ -426,4 +371,64 @@ fn an_agent_may_have_a_host_name() {
     // The agent is not on 127.0.0.1, so what comes is "refused" and not "not found".
     let lines = nginx.wait_log("service \"web\" at http://localhost:", 1, PATIENCE);
     assert!(lines[0].contains("refused"), "{lines:?}");
+}
+
+/// Tests that judge a time: they run alone, at the end.
+mod timed {
+    use super::*;
+
+    #[test]
+    fn absent_at_the_start_and_there_later() {
+        let (net, dir) = (Net::isolated(), Dir::new("absent"));
+        let consul = Consul::builder(&net, &dir);
+        let [one] = web(&net);
+        let fixed = Backend::start(&net, 20, "fixed");
+        let begin = Instant::now();
+        let nginx = asking(&net, &dir, &consul.url())
+            .http("consul_start_timeout 300ms;")
+            .workers(2)
+            .upstream("web", "consul_upstream web;")
+            .upstream("fallback", &format!("consul_upstream web; server {};", fixed.addr()))
+            .start();
+        let [web, fallback] = nginx.addrs() else { panic!("two servers") };
+        assert!(begin.elapsed() < Duration::from_millis(300) + SLACK, "{:?}", begin.elapsed());
+        serves_now(*web, &["502"]);
+        serves_now(*fallback, &["fixed"]);
+        for upstream in ["web", "fallback"] {
+            nginx.wait_log(&format!("upstream \"{upstream}\": no answer yet"), 1, PATIENCE);
+            nginx.wait_log(
+                &format!("upstream \"{upstream}\": service \"web\" at http://"),
+                1,
+                PATIENCE,
+            );
+        }
+
+        let consul = consul.start();
+        consul.register(&one.service);
+        serves(*web, &["web-1"]);
+        serves(*fallback, &["fixed", "web-1"]);
+        nginx.wait_log("answers again, after ", 2, PATIENCE);
+        assert_eq!(nginx.log_count("no answer yet"), 2);
+    }
+
+    /// A Consul that takes the connection and says nothing holds a start up no longer than one that is
+    /// not there.
+    #[test]
+    fn silent_at_the_start() {
+        let (net, dir) = (Net::isolated(), Dir::new("silent"));
+        let fake = FakeConsul::start(&net);
+        fake.script(|_| None);
+        let begin = Instant::now();
+        let nginx = asking(&net, &dir, &fake.url())
+            .http("consul_start_timeout 300ms; consul_timeout 1s;")
+            .workers(2)
+            .upstream("web", "consul_upstream web;")
+            .start();
+        assert!(begin.elapsed() < Duration::from_millis(300) + SLACK, "{:?}", begin.elapsed());
+        serves_now(nginx.addr(), &["502"]);
+        nginx.wait_log("no answer in time", 1, PATIENCE);
+        let [one] = web(&net);
+        fake.know(3, &[entry("web-1", one.addr())]);
+        serves(nginx.addr(), &["web-1"]);
+    }
 }

@@ -307,54 +307,6 @@ fn new_workers_know_the_last_addresses_too() {
     load.stop().assert_nothing_lost();
 }
 
-/// A name without an answer is waited for a moment, and the others of its service no longer.
-#[test]
-fn a_silent_name_server_holds_nobody_up() {
-    let Some(bench) = Bench::set("names_silent") else { return };
-    let (port, [one]) = bench.hosts();
-    let [own] = bench.stage.web();
-    bench.stage.register([&own]);
-    bench.dns.fail_all(Some(Failure::Silence));
-    bench.register("named", "web.test", port);
-    let begin = Instant::now();
-    let nginx = bench.nginx().http("consul_start_timeout 30s;").workers(2).upstream("web", WEB);
-    let nginx = nginx.start();
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
-    serves_now(nginx.addr(), &["web-1"]);
-    assert!(bench.dns.queries("web.test") > 0, "it was asked for");
-    // As soon as it is known it serves; until then the questions become fewer.
-    bench.dns.set("web.test", &ips(&[&one]), LONG);
-    bench.dns.fail_all(None);
-    watch("the named one serves too", || {
-        let to = passed_to(nginx.addr(), 10);
-        if to == [own.addr(), one.addr()].into() { Ok(()) } else { Err(format!("{to:?}")) }
-    });
-}
-
-#[test]
-fn a_silent_name_server_does_not_keep_nginx_from_its_end() {
-    let Some(bench) = Bench::set("names_end") else { return };
-    let (port, []) = bench.hosts();
-    let [own] = bench.stage.web();
-    bench.stage.register([&own]);
-    bench.dns.fail_all(Some(Failure::Silence));
-    for n in 0..40 {
-        bench.register(&format!("named-{n}"), &format!("web-{n}.test"), port);
-    }
-    for signal in [Signal::TERM, Signal::QUIT] {
-        let mut nginx: Nginx = bench.nginx().workers(2).upstream("web", WEB).start();
-        serves(nginx.addr(), &["web-1"]);
-        // In the middle of questions.
-        bench.wait_queries("web-39.test", 1);
-        let begin = Instant::now();
-        nginx.signal(signal);
-        eventually(PATIENCE, &format!("it ends by {signal:?}"), || nginx.ended());
-        let took = begin.elapsed();
-        assert!(took < PROMPT, "{signal:?}: {took:?}");
-        println!("it ends by {signal:?} in {took:?}");
-    }
-}
-
 /// One that answers nothing, and one that does.
 #[test]
 fn a_second_name_server_is_asked_where_the_first_is_silent() {
@@ -376,4 +328,57 @@ fn a_second_name_server_is_asked_where_the_first_is_silent() {
     let nginx = bench.nginx().upstream("web", WEB).start();
     serves(nginx.addr(), &["host-1"]);
     assert!(bench.dns.queries("web.test") > 0 && second.queries("web.test") > 0);
+}
+
+/// Tests that judge a time: they run alone, at the end.
+mod timed {
+    use super::*;
+
+    /// A name without an answer is waited for a moment, and the others of its service no longer.
+    #[test]
+    fn a_silent_name_server_holds_nobody_up() {
+        let Some(bench) = Bench::set("names_silent") else { return };
+        let (port, [one]) = bench.hosts();
+        let [own] = bench.stage.web();
+        bench.stage.register([&own]);
+        bench.dns.fail_all(Some(Failure::Silence));
+        bench.register("named", "web.test", port);
+        let begin = Instant::now();
+        let nginx = bench.nginx().http("consul_start_timeout 30s;").workers(2).upstream("web", WEB);
+        let nginx = nginx.start();
+        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+        serves_now(nginx.addr(), &["web-1"]);
+        assert!(bench.dns.queries("web.test") > 0, "it was asked for");
+        // As soon as it is known it serves; until then the questions become fewer.
+        bench.dns.set("web.test", &ips(&[&one]), LONG);
+        bench.dns.fail_all(None);
+        watch("the named one serves too", || {
+            let to = passed_to(nginx.addr(), 10);
+            if to == [own.addr(), one.addr()].into() { Ok(()) } else { Err(format!("{to:?}")) }
+        });
+    }
+
+    #[test]
+    fn a_silent_name_server_does_not_keep_nginx_from_its_end() {
+        let Some(bench) = Bench::set("names_end") else { return };
+        let (port, []) = bench.hosts();
+        let [own] = bench.stage.web();
+        bench.stage.register([&own]);
+        bench.dns.fail_all(Some(Failure::Silence));
+        for n in 0..40 {
+            bench.register(&format!("named-{n}"), &format!("web-{n}.test"), port);
+        }
+        for signal in [Signal::TERM, Signal::QUIT] {
+            let mut nginx: Nginx = bench.nginx().workers(2).upstream("web", WEB).start();
+            serves(nginx.addr(), &["web-1"]);
+            // In the middle of questions.
+            bench.wait_queries("web-39.test", 1);
+            let begin = Instant::now();
+            nginx.signal(signal);
+            eventually(PATIENCE, &format!("it ends by {signal:?}"), || nginx.ended());
+            let took = begin.elapsed();
+            assert!(took < PROMPT, "{signal:?}: {took:?}");
+            println!("it ends by {signal:?} in {took:?}");
+        }
+    }
 }

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use testbed::http::{self, Answer, Conn};
 use testbed::{
-    Backend, Check, Dir, Load, Net, Nginx, Options, Process, Service, Signal, Status, eventually,
-    nginx,
+    Backend, Check, Dir, Load, Net, Options, Process, Service, Signal, Status, eventually, nginx,
 };
 
 use crate::common::{
@@ -366,65 +365,6 @@ fn every_instance_that_does_not_serve_says_why() {
     assert_eq!(app(&document)["changes"][0]["added"], 1);
     let first = app(&document)["changes"][0]["first"][0].as_str().unwrap();
     assert_eq!(first, format!("+{}", maintained.addr()));
-}
-
-/// What serves, with its status at the address, and a Consul that may die and come back.
-fn before_an_outage(name: &str) -> (Stage, [Instance; 2], Nginx, SocketAddr) {
-    let stage = Stage::with(name, |consul| consul.persistent());
-    let web: [Instance; 2] = stage.web();
-    stage.register(&web);
-    let addr = own_addr(&stage);
-    let builder = stage.nginx().http(SHORT).workers(2).upstream("web", "consul_upstream web;");
-    let mut nginx = with_status(builder, addr, "").start();
-    nginx.allow_log("[error]");
-    serves(nginx.addr(), &["web-1", "web-2"]);
-    (stage, web, nginx, addr)
-}
-
-/// Consul dies: the errors count, and when the last answer is too old the status says so; when it
-/// is back, all is well again, and nothing is forgotten.
-#[test]
-fn a_consul_that_is_gone_is_stale_and_comes_back() {
-    let (mut stage, _web, mut nginx, addr) = before_an_outage("status-stale");
-    let before = shows(addr, "in sync", |app| app["sync"] == "in-sync");
-    stage.consul.kill();
-    let begin = Instant::now();
-    let document = shows(addr, "an error of transport", |app| {
-        app["sources"][0]["errors"]["transport"].as_u64() > Some(0)
-    });
-    let source = &app(&document)["sources"][0];
-    assert_eq!(source["last_error"]["cause"], "transport");
-    assert_eq!(document["agents"][0]["up"], false, "{document}");
-    assert_eq!(app(&document)["sync"], "in-sync", "a single error does not matter");
-    assert!(source["last_success"].is_string());
-
-    // 26 s later.
-    thread::sleep(Duration::from_secs(20).saturating_sub(begin.elapsed()));
-    let document = shows(addr, "stale", |app| app["sync"] == "stale");
-    assert!(begin.elapsed() > Duration::from_secs(24), "{:?}", begin.elapsed());
-    assert_eq!(document["in_sync"], false);
-    assert_eq!(document["thread"]["state"], "running");
-    assert_ne!(app(&document)["since"], app(&before)["since"]);
-    assert_eq!(app(&document)["peers"].as_array().unwrap().len(), 2, "they serve all the same");
-    let metrics = get(addr, "/consul?format=prometheus").text();
-    assert!(metrics.contains("nginx_consul_source_stale{upstream=\"web\""), "{metrics}");
-    assert_eq!(get(addr, "/consul").status, 200);
-
-    stage.consul.restart();
-    let back = shows(addr, "in sync again", |app| app["sync"] == "in-sync");
-    let source = &app(&back)["sources"][0];
-    assert_eq!(source["last_error"]["cause"], "transport", "it is remembered");
-    assert!(source["errors"]["transport"].as_u64() > Some(0));
-    assert_eq!(back["in_sync"], true, "{back}");
-
-    // A reload forgets nothing of it.
-    let errors = source["errors"]["transport"].as_u64();
-    let changes = app(&back)["changes"].clone();
-    nginx.reload();
-    let document = shows(addr, "in sync after a reload", |app| app["sync"] == "in-sync");
-    let source = &app(&document)["sources"][0];
-    assert!(source["errors"]["transport"].as_u64() >= errors, "{source}");
-    assert_eq!(app(&document)["changes"][0]["first"], changes[0]["first"]);
 }
 
 /// The first worker stands still: whoever else answers says so, and what it knows still. Killed, it
@@ -1054,6 +994,35 @@ impl Prometheus {
         value.map(str::to_owned).ok_or_else(|| data.to_string())
     }
 
+    /// Waits until it has scraped the metrics and evaluated all rules.
+    #[track_caller]
+    fn scrapes(&self) {
+        for (query, expected) in [("up", "1"), ("nginx_consul_source_stale", "0")] {
+            watch(&format!("{query} is {expected}"), || {
+                let value = self.value(query)?;
+                if value == expected { Ok(()) } else { Err(value) }
+            });
+        }
+        watch("all rules are well", || {
+            let data = self.api("rules")?;
+            let rules = data["groups"][0]["rules"].as_array().cloned().unwrap_or_default();
+            let well = rules.len() == 3 && rules.iter().all(|rule| rule["health"] == "ok");
+            if well { Ok(()) } else { Err(data.to_string()) }
+        });
+        assert_eq!(self.firing().unwrap(), BTreeSet::new());
+    }
+
+    /// Waits until these alerts fire, and no others.
+    #[track_caller]
+    fn wait_firing(&self, patience: Duration, expected: &BTreeSet<String>) {
+        eventually(patience, &format!("{expected:?} fire"), || {
+            let firing = self.firing()?;
+            // Between two looks: it evaluates its rules once a second.
+            thread::sleep(Duration::from_millis(100));
+            if firing == *expected { Ok(()) } else { Err(format!("{firing:?}")) }
+        });
+    }
+
     /// The alerts that fire.
     fn firing(&self) -> Result<BTreeSet<String>, String> {
         let data = self.api("alerts")?;
@@ -1069,77 +1038,6 @@ fn millis(time: &Value) -> i64 {
     let clock = time.as_str().unwrap().split_once('T').unwrap().1.trim_end_matches('Z');
     let parts: Vec<f64> = clock.split(':').map(|part| part.parse().unwrap()).collect();
     ((parts[0] * 3600.0 + parts[1] * 60.0 + parts[2]) * 1000.0).round() as i64
-}
-
-/// Consul goes away for longer than answers count: the status says so, and since when; a real
-/// Prometheus raises the alarm, and ends it when Consul is back, of which the status tells within a
-/// second. Its own length, and that of the alert's patience, are two minutes and the shipped minute
-/// in `make test-full`.
-#[test]
-fn an_outage_raises_the_alarm_of_a_real_prometheus() {
-    const COUNTS: i64 = 2 * (1_000 + 1_000 / 16 + 12_000);
-    let (mut stage, _web, _nginx, addr) = before_an_outage("status-prometheus");
-    shows(addr, "in sync", |app| app["sync"] == "in-sync");
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/nginx-conf/prometheus-rules.yml");
-    let rules = std::fs::read_to_string(path).unwrap();
-    let rules = if full() { rules } else { rules.replace("for: 1m\n", "for: 1s\n") };
-    let Some(prometheus) = Prometheus::start(&stage, addr, &rules) else { return };
-    watch("it scrapes", || match prometheus.value("up")?.as_str() {
-        "1" => Ok(()),
-        up => Err(up.to_owned()),
-    });
-    watch("it has the metrics", || match prometheus.value("nginx_consul_source_stale")?.as_str() {
-        "0" => Ok(()),
-        stale => Err(stale.to_owned()),
-    });
-    watch("all rules are well", || {
-        let data = prometheus.api("rules")?;
-        let rules = data["groups"][0]["rules"].as_array().cloned().unwrap_or_default();
-        let well = rules.len() == 3 && rules.iter().all(|rule| rule["health"] == "ok");
-        if well { Ok(()) } else { Err(data.to_string()) }
-    });
-    assert_eq!(prometheus.firing().unwrap(), BTreeSet::new());
-
-    let begin = Instant::now();
-    stage.consul.kill();
-    let patience = Duration::from_secs(if full() { 120 } else { 60 });
-    eventually(patience, "the alert fires", || {
-        let firing = prometheus.firing()?;
-        let expected = BTreeSet::from(["ConsulDiscoveryStale".to_owned()]);
-        // Between two looks: it evaluates its rules once a second.
-        thread::sleep(Duration::from_millis(100));
-        if firing == expected { Ok(()) } else { Err(format!("{firing:?}")) }
-    });
-    println!("the alert fires {:?} after Consul was killed", begin.elapsed());
-    if full() {
-        thread::sleep(Duration::from_secs(120).saturating_sub(begin.elapsed()));
-    }
-    let stale = document(addr);
-    assert_eq!(stale["in_sync"], false);
-    let last = millis(&app(&stale)["sources"][0]["last_success"]);
-    let since = (millis(&app(&stale)["since"]) - last).rem_euclid(86_400_000);
-    assert!((since - COUNTS).abs() <= 5, "out of sync {since} ms after the last answer: {stale}");
-    assert_eq!(millis(&stale["since"]), millis(&app(&stale)["since"]));
-
-    stage.consul.respawn();
-    let mut recovered = None;
-    let back = watch("in sync again", || {
-        // From when it answers a query of the module's kind.
-        let answer = stage.consul.raw("GET", "/v1/health/service/web?consistent", "");
-        if recovered.is_none() && answer.is_ok_and(|answer| answer.status == 200) {
-            recovered = Some(Instant::now());
-        }
-        let document = http::get(addr, "/consul").map_err(text)?.json();
-        if document["in_sync"] == true { Ok(document) } else { Err(document.to_string()) }
-    });
-    let took = recovered.map_or(Duration::ZERO, |at| at.elapsed());
-    println!("in sync {took:?} after Consul answers");
-    assert!(took <= Duration::from_secs(1), "{took:?} {back}");
-    assert_ne!(app(&back)["since"], app(&stale)["since"]);
-    watch("the alert ends", || {
-        let firing = prometheus.firing()?;
-        if firing.is_empty() { Ok(()) } else { Err(format!("{firing:?}")) }
-    });
 }
 
 /// One instance through every reason that there is, each read in all three formats.
@@ -1247,4 +1145,107 @@ fn one_instance_goes_through_every_reason() {
     stage.consul.register(&tagged());
     reason("web", "not-applied");
     assert_eq!(seen.len(), 11, "{seen:?}");
+}
+
+/// Tests that judge a time: they run alone, at the end.
+mod timed {
+    use super::*;
+
+    /// A Consul that is away for longer than answers count: errors are counted at once, and the status says
+    /// `stale` when the last answer is too old, and since when; back again, all is well within a second, and
+    /// nothing is forgotten, over a reload either. A real Prometheus, where there is one, raises the alarm
+    /// and ends it. The outage and the alert's patience have two minutes and the shipped minute in `make
+    /// test-full`.
+    #[test]
+    fn an_outage_is_told_raises_the_alarm_and_ends() {
+        const COUNTS: i64 = 2 * (1_000 + 1_000 / 16 + 12_000);
+        let mut stage = Stage::with("status-outage", |consul| consul.persistent());
+        let web: [Instance; 2] = stage.web();
+        stage.register(&web);
+        let addr = own_addr(&stage);
+        let builder = stage.nginx().http(SHORT).workers(2).upstream("web", "consul_upstream web;");
+        let mut nginx = with_status(builder, addr, "").start();
+        nginx.allow_log("[error]");
+        serves(nginx.addr(), &["web-1", "web-2"]);
+        let before = shows(addr, "in sync", |app| app["sync"] == "in-sync");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/nginx-conf/prometheus-rules.yml");
+        let rules = std::fs::read_to_string(path).unwrap();
+        let rules = if full() { rules } else { rules.replace("for: 1m\n", "for: 1s\n") };
+        let prometheus = Prometheus::start(&stage, addr, &rules);
+        if let Some(prometheus) = &prometheus {
+            prometheus.scrapes();
+        }
+
+        let begin = Instant::now();
+        stage.consul.kill();
+        let failing = shows(addr, "an error of transport", |app| {
+            app["sources"][0]["errors"]["transport"].as_u64() > Some(0)
+        });
+        let source = &app(&failing)["sources"][0];
+        assert_eq!(source["last_error"]["cause"], "transport");
+        assert_eq!(failing["agents"][0]["up"], false, "{failing}");
+        assert_eq!(app(&failing)["sync"], "in-sync", "a single error does not matter");
+        assert!(source["last_success"].is_string());
+
+        eventually(2 * PATIENCE, "stale", || {
+            let document = http::get(addr, "/consul").map_err(text)?.json();
+            if app(&document)["sync"] == "stale" { Ok(()) } else { Err(document.to_string()) }
+        });
+        assert!(begin.elapsed() > Duration::from_secs(24), "{:?}", begin.elapsed());
+        if let Some(prometheus) = &prometheus {
+            let expected = BTreeSet::from(["ConsulDiscoveryStale".to_owned()]);
+            prometheus.wait_firing(if full() { 4 * PATIENCE } else { PATIENCE }, &expected);
+            println!("the alert fires {:?} after Consul was killed", begin.elapsed());
+        }
+        if full() {
+            thread::sleep(Duration::from_secs(120).saturating_sub(begin.elapsed()));
+        }
+        let stale = document(addr);
+        assert_eq!(stale["in_sync"], false);
+        assert_eq!(stale["thread"]["state"], "running");
+        assert_ne!(app(&stale)["since"], app(&before)["since"]);
+        assert_eq!(app(&stale)["peers"].as_array().unwrap().len(), 2, "they serve all the same");
+        let last = millis(&app(&stale)["sources"][0]["last_success"]);
+        let since = (millis(&app(&stale)["since"]) - last).rem_euclid(86_400_000);
+        assert!(
+            (since - COUNTS).abs() <= 5,
+            "out of sync {since} ms after the last answer: {stale}"
+        );
+        assert_eq!(millis(&stale["since"]), millis(&app(&stale)["since"]));
+        let metrics = get(addr, "/consul?format=prometheus").text();
+        assert!(metrics.contains("nginx_consul_source_stale{upstream=\"web\""), "{metrics}");
+        assert_eq!(get(addr, "/consul").status, 200);
+
+        stage.consul.respawn();
+        let mut recovered = None;
+        let back = watch("in sync again", || {
+            // From when it answers a query of the module's kind.
+            let answer = stage.consul.raw("GET", "/v1/health/service/web?consistent", "");
+            if recovered.is_none() && answer.is_ok_and(|answer| answer.status == 200) {
+                recovered = Some(Instant::now());
+            }
+            let document = http::get(addr, "/consul").map_err(text)?.json();
+            if document["in_sync"] == true { Ok(document) } else { Err(document.to_string()) }
+        });
+        let took = recovered.map_or(Duration::ZERO, |at| at.elapsed());
+        println!("in sync {took:?} after Consul answers");
+        assert!(took <= Duration::from_secs(1), "{took:?} {back}");
+        assert_eq!(app(&back)["sync"], "in-sync");
+        assert_ne!(app(&back)["since"], app(&stale)["since"]);
+        let source = &app(&back)["sources"][0];
+        assert_eq!(source["last_error"]["cause"], "transport", "it is remembered");
+        assert!(source["errors"]["transport"].as_u64() > Some(0));
+        if let Some(prometheus) = &prometheus {
+            prometheus.wait_firing(PATIENCE, &BTreeSet::new());
+        }
+
+        // A reload forgets nothing of it.
+        let errors = source["errors"]["transport"].as_u64();
+        let changes = app(&back)["changes"].clone();
+        nginx.reload();
+        let document = shows(addr, "in sync after a reload", |app| app["sync"] == "in-sync");
+        let source = &app(&document)["sources"][0];
+        assert!(source["errors"]["transport"].as_u64() >= errors, "{source}");
+        assert_eq!(app(&document)["changes"][0]["first"], changes[0]["first"]);
+    }
 }

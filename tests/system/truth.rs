@@ -936,49 +936,56 @@ fn the_second_of_two_at_one_address_takes_the_place_of_the_first() {
     assert_eq!(passed_to(nginx.addr(), 10), [one.addr(), second].into());
 }
 
-// ---- a service that flaps
+/// Tests that judge a time: they run alone, at the end.
+mod timed {
+    use super::*;
 
-/// As fast as it can be asked: what comes in between is skipped, and the last one counts.
-#[test]
-fn a_service_that_flaps_costs_a_bounded_part_of_a_core() {
-    const TIME: Duration = Duration::from_secs(10);
-    let (net, dir) = (Net::isolated(), Dir::new("flaps"));
-    let fake = FakeConsul::start(&net);
-    let instances: [Instance; 20] = web(&net);
-    let all: Vec<Value> = instances.iter().map(|it| entry(&it.service.id, it.addr())).collect();
-    let some: Vec<Value> = all.iter().step_by(2).cloned().collect();
-    fake.know(5, &all);
-    let nginx = asking(&net, &dir, &fake.url()).upstream("web", WEB).start();
-    let names: Vec<&str> = instances.iter().map(|it| it.service.id.as_str()).collect();
-    serves_now(nginx.addr(), &names);
+    /// As fast as it can be asked: what comes in between is skipped, and the last one counts.
+    #[test]
+    fn a_service_that_flaps_costs_a_bounded_part_of_a_core() {
+        const TIME: Duration = Duration::from_secs(10);
+        let (net, dir) = (Net::isolated(), Dir::new("flaps"));
+        let fake = FakeConsul::start(&net);
+        let instances: [Instance; 20] = web(&net);
+        let all: Vec<Value> = instances.iter().map(|it| entry(&it.service.id, it.addr())).collect();
+        let some: Vec<Value> = all.iter().step_by(2).cloned().collect();
+        fake.know(5, &all);
+        let nginx = asking(&net, &dir, &fake.url()).upstream("web", WEB).start();
+        let names: Vec<&str> = instances.iter().map(|it| it.service.id.as_str()).collect();
+        serves_now(nginx.addr(), &names);
 
-    // A state for each millisecond, and for each answer that comes sooner.
-    let (begin, count) = (Instant::now(), AtomicU64::new(0));
-    let bodies = [&all, &some].map(|set| json!(set).to_string());
-    fake.script(move |_| {
-        let number = count.fetch_add(1, Ordering::Relaxed);
-        let index = (6 + begin.elapsed().as_millis() as u64).max(number);
-        let body = bodies[(number % 2) as usize].clone();
-        Some(Reply::new(200, body).header("X-Consul-Index", &(2 * index).to_string()))
-    });
-    let worker = follower(&nginx);
-    let (begin, before, asked) = (Instant::now(), processor_time(worker), fake.requests().len());
-    eventually(2 * TIME, "its time is over", || begin.elapsed() >= TIME);
-    let (took, used) = (begin.elapsed(), processor_time(worker) - before);
-    let (answers, seen) = (fake.requests().len() - asked, changes(&nginx, "web").len());
-    let share = used.as_secs_f64() / took.as_secs_f64();
-    println!(
-        "flaps: {answers} answers, {seen} changes in {took:?}: {:.1} % of a core",
-        share * 100.0
-    );
-    assert!(seen > 100 && answers as f64 <= 60.0 + 55.0 * took.as_secs_f64(), "{answers} {seen}");
-    assert!(share < 0.6, "{share}");
+        // A state for each millisecond, and for each answer that comes sooner.
+        let (begin, count) = (Instant::now(), AtomicU64::new(0));
+        let bodies = [&all, &some].map(|set| json!(set).to_string());
+        fake.script(move |_| {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            let index = (6 + begin.elapsed().as_millis() as u64).max(number);
+            let body = bodies[(number % 2) as usize].clone();
+            Some(Reply::new(200, body).header("X-Consul-Index", &(2 * index).to_string()))
+        });
+        let worker = follower(&nginx);
+        let (begin, before, asked) =
+            (Instant::now(), processor_time(worker), fake.requests().len());
+        eventually(2 * TIME, "its time is over", || begin.elapsed() >= TIME);
+        let (took, used) = (begin.elapsed(), processor_time(worker) - before);
+        let (answers, seen) = (fake.requests().len() - asked, changes(&nginx, "web").len());
+        let share = used.as_secs_f64() / took.as_secs_f64();
+        println!(
+            "flaps: {answers} answers, {seen} changes in {took:?}: {:.1} % of a core",
+            share * 100.0
+        );
+        assert!(
+            seen > 100 && answers as f64 <= 60.0 + 55.0 * took.as_secs_f64(),
+            "{answers} {seen}"
+        );
+        assert!(share < 0.6, "{share}");
 
-    fake.know(1_000_000, &all[..3]);
-    serves(nginx.addr(), &names[..3]);
-    eventually(PATIENCE, "a query that waits", || {
-        fake.requests().last().is_some_and(|request| request.index() == Some(1_000_000))
-    });
-    assert_eq!(follower(&nginx), worker);
-    assert_eq!(nginx.log_count("[error]"), 0);
+        fake.know(1_000_000, &all[..3]);
+        serves(nginx.addr(), &names[..3]);
+        eventually(PATIENCE, "a query that waits", || {
+            fake.requests().last().is_some_and(|request| request.index() == Some(1_000_000))
+        });
+        assert_eq!(follower(&nginx), worker);
+        assert_eq!(nginx.log_count("[error]"), 0);
+    }
 }
