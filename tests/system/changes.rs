@@ -11,7 +11,7 @@ use testbed::{Backend, Check, Consul, Dir, Load, Net, Options, Service, Status, 
 
 use crate::common::{
     Instance, PATIENCE, Serve, Stage, asking, changes, connections, every_worker_serves, follower,
-    met, passed_to, serves, serves_now, shares, steady, v4, web,
+    met, passed_to, serves, serves_now, shares, steady, v4, wait_connections, web,
 };
 use crate::fake_consul::{FakeConsul, entry};
 
@@ -291,8 +291,7 @@ fn upstreams_that_ask_the_same_share_one_watch() {
     let follower = follower(&nginx);
     let consul = v4(stage.consul.addr());
     for pid in nginx.worker_pids() {
-        let expected = usize::from(pid == follower);
-        assert_eq!(connections(&nginx, pid, consul), expected, "of worker {pid}");
+        wait_connections(&nginx, pid, consul, usize::from(pid == follower));
     }
 }
 

@@ -327,6 +327,16 @@ pub fn connections(nginx: &Nginx, pid: u32, to: SocketAddrV4) -> usize {
         .count()
 }
 
+/// Waits until a process of this nginx has so many connections to an address. Beside that of a watch there
+/// is another one for a moment, for what is asked once.
+#[track_caller]
+pub fn wait_connections(nginx: &Nginx, pid: u32, to: SocketAddrV4, expected: usize) {
+    eventually(PATIENCE, &format!("{expected} connections of {pid} to {to}"), || {
+        let seen = connections(nginx, pid, to);
+        if seen == expected { Ok(()) } else { Err(seen.to_string()) }
+    });
+}
+
 /// An address of version 4, which those of the test bed are.
 pub fn v4(addr: SocketAddr) -> SocketAddrV4 {
     match addr {

@@ -11,7 +11,7 @@ use testbed::{Backend, Dir, Load, Net, Nginx, Signal, eventually, paths};
 
 use crate::common::{
     Instance, PATIENCE, Serve, Stage, asking, changes, connections, every_worker_serves, follower,
-    followers, met, serves, serves_now, steady, v4, web,
+    followers, met, serves, serves_now, steady, v4, wait_connections, web,
 };
 use crate::fake_consul::{FakeConsul, entry};
 
@@ -43,7 +43,7 @@ fn one_thread_in_one_worker_follows_consul() {
         let expected: &[&str] = if pid == follower { &["nginx", "consul"] } else { &["nginx"] };
         assert_eq!(nginx.threads(pid), expected);
         let consul = v4(stage.consul.addr());
-        assert_eq!(connections(&nginx, pid, consul), usize::from(pid == follower));
+        wait_connections(&nginx, pid, consul, usize::from(pid == follower));
     }
 }
 

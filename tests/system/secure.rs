@@ -22,6 +22,10 @@ use crate::fake_consul::{FakeConsul, Reply, Request, entry};
 /// An upstream that lets go at once of what it believes to be gone: nothing but an error keeps it.
 const WEB: &str = "consul_upstream web hold=0;";
 
+/// For agents that read their configuration again: Consul 1.8.7 takes its services out for a moment where it
+/// does so while it compares them with the catalog, as after a start.
+const HELD: &str = "consul_upstream web;";
+
 /// The rights that the documentation names.
 const READ: &str = r#"service "web" { policy = "read" } node_prefix "" { policy = "read" }"#;
 
@@ -46,11 +50,11 @@ pub fn fails(nginx: &Nginx, upstream: &str, says: &str) {
     assert!(lines.len() == 1 && lines[0].contains(says), "not {says:?}: {lines:?}");
 }
 
-/// The lines of warnings.
+/// The lines of warnings, but for losses that Consul made up and that are held: see [`HELD`].
 fn warnings(nginx: &Nginx) -> Vec<String> {
     let log = nginx.log();
     let lines = log.lines().filter(|line| line.contains("[warn]") && line.contains("consul: "));
-    lines.map(str::to_owned).collect()
+    lines.filter(|line| !line.contains("they are held")).map(str::to_owned).collect()
 }
 
 /// The changes that took anybody out.
@@ -400,7 +404,7 @@ fn our_own_certificate_is_replaced() {
     let [one, two, three, four] = web(&scene.net);
     scene.ca.request("client").issue().replace(&scene.client());
     scene.consul.register(&one.service);
-    let nginx = scene.nginx().http(shows(&scene.client())).workers(2).upstream("web", WEB).start();
+    let nginx = scene.nginx().http(shows(&scene.client())).workers(2).upstream("web", HELD).start();
     serves(nginx.addr(), &["web-1"]);
     let workers = nginx.worker_pids();
     let load = Load::start(nginx.addr(), &steady());
@@ -478,7 +482,7 @@ fn a_new_key_that_the_workers_may_not_read() {
         tls::copy(&from.cert, &client.cert);
     };
     put(&scene.ca.request("client").issue());
-    let conf = scene.nginx().http(shows(&client)).workers(2).upstream("web", WEB);
+    let conf = scene.nginx().http(shows(&client)).workers(2).upstream("web", HELD);
     let conf = match as_nobody(&scene.dir, &conf) {
         Ok(conf) => conf,
         Err(why) => return eprintln!("SKIPPED: {why}"),
