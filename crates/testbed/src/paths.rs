@@ -94,6 +94,11 @@ fn built(file: &str, variable: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// The registrar: `REGISTRAR_BIN`, else the one that cargo has built for its tests.
+pub fn registrar(built: &str) -> Result<PathBuf, String> {
+    Ok(from_env("REGISTRAR_BIN")?.unwrap_or_else(|| built.into()))
+}
+
 /// The nginx: `NGINX_BIN`, else the newest that this build has made from source.
 pub fn nginx() -> Result<PathBuf, String> {
     if let Some(path) = from_env("NGINX_BIN")? {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use testbed::docker::{self, Container};
-use testbed::{Consul, Dir, Docker, Net, Process, Relay, Signal, eventually};
+use testbed::{Consul, Dir, Docker, Net, Process, Relay, Signal, eventually, paths};
 
 /// How long anything may take.
 pub const SOON: Duration = Duration::from_secs(15);
@@ -222,7 +222,7 @@ impl Launch {
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let log = self.dir.join(format!("registrar-{n}.log"));
         let file = OpenOptions::new().create(true).append(true).open(&log).expect("open a log");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_registrar"));
+        let mut command = Command::new(paths::registrar(env!("CARGO_BIN_EXE_registrar")).unwrap());
         command
             .args(&self.args)
             .env_clear()
