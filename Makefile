@@ -9,7 +9,7 @@ help: ## these lines
 demo: ## builds the module and shows it at work, with a Consul, an nginx and three backends of its own
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/demo
 
-test: ## unit tests, whole-system tests, the demo, benchmarks and fuzz targets in short; T=NAME: only the tests with NAME in their name
+test: ## unit tests, whole-system tests and the demo; T=NAME: only the tests with NAME in their name
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && scripts/test
 
 test-full: ## the whole-system tests at the size of their bars, on each nginx of scripts/test-nginx; N=NAME, T=NAME: as test-nginx

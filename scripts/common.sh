@@ -35,13 +35,45 @@ if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then
   fi
 fi
 
-# Runs a command in a network of its own, with nothing but the loopback, where that can be had. On a machine with Docker or a
-# firewall the kernel remembers each connection for two minutes, and large tests fill its table: it drops packets then.
-in_own_network() {
+# Sets `network` to the beginning of a command line that runs the rest in a network of its own, with nothing but the loopback;
+# to nothing where that is not permitted. On a machine with Docker or a firewall the kernel remembers each connection for two
+# minutes, and large tests fill its table: it drops packets then.
+own_network() {
+  network=()
   if unshare --net -- ip link set lo up 2>/dev/null; then
     # shellcheck disable=SC2016 # for the shell in there
-    unshare --net -- sh -c 'ip link set lo up && exec "$@"' sh "$@"
-  else
-    "$@"
+    network=(unshare --net -- sh -c 'ip link set lo up && exec "$@"' sh)
   fi
+}
+
+# What ran: a line of seconds and name for each part in `times`, and beside it the output of each.
+parts=$target/parts
+
+forget_parts() {
+  rm -rf "$parts"
+  mkdir -p "$parts"
+}
+
+note_part() { # NAME SECONDS [LOG]
+  mkdir -p "$parts"
+  printf '%d\t%s\n' "$2" "$1" >>"$parts/times"
+  if [ -n "${3:-}" ]; then cat "$3" >>"$parts/tests.log"; fi
+}
+
+# How long each part took that was noted, and the ten slowest tests.
+tell_parts() {
+  [ -s "$parts/times" ] || return 0
+  printf '\nTimes, in minutes and seconds:\n\n'
+  # A part of less than a second is not worth a line.
+  awk -F '\t' '$1 > 0 { printf "%6d:%02d  %s\n", $1 / 60, $1 % 60, $2 }' "$parts/times"
+  [ -s "$parts/tests.log" ] || return 0
+  printf '\nThe slowest tests, in seconds:\n\n'
+  sed -nE 's/^test ([^ ]+) .*<([0-9.]+)s>$/\2 \1/p' "$parts/tests.log" | sort -rn |
+    awk 'NR <= 10 { printf "%9.1f  %s\n", $1, $2 }'
+}
+
+# Runs the tests of a part: scripts/test-runner knows which. T=NAME selects tests by their names.
+cargo_test() { # PART ARGUMENT…
+  PART=$1 BOUND=${BOUND:-10m} cargo test --config "target.'cfg(all())'.runner = ['$root/scripts/test-runner']" \
+    "${@:2}" --no-fail-fast -- ${T:+"$T"}
 }
