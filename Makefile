@@ -27,10 +27,9 @@ check: ## format, lints, and the licences and sources of the dependencies
 build: ## the module, in target/modules; NGINX_SOURCE_DIR=DIR (and NGINX_BUILD_DIR=DIR): for an nginx of your own
 	@scripts/setup && scripts/build
 
-bench: ## the benchmarks; B=NAME: one of them
+bench: ## the benchmarks; B=NAME: one of them; QUICK=1: in short; BEFORE=DIR: in turns with an earlier build's modules in DIR
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
-	  cargo build --release --locked -p failpoints --features failpoints && \
-	  CONSUL_BIN=$$(scripts/fetch-consul) cargo bench --locked --workspace $(if $(B),--bench $(B))
+	  cargo build --release --locked -p failpoints --features failpoints && scripts/bench
 
 bench-table: ## all benchmarks in one run, and their figures in one table
 	@scripts/setup consul && scripts/fetch-consul >/dev/null && scripts/build && \
