@@ -22,16 +22,16 @@ die() { say "$*"; exit 1; }
 
 # The flags of every cargo command that builds the modules: nginx is the one of the crate nginx-src, or one's own.
 cargo_flags=(--release --locked)
-# What cargo is told to build: the modules, and those with failpoints, which some tests load.
+# What cargo is told to build: the modules, and what some tests load: the modules with failpoints, and a balancing method.
 modules=(--package nginx-consul-upstream --package stream-module)
-failpoints=(--package failpoints --package failpoints-stream
+failpoints=(--package failpoints --package failpoints-stream --package foreign-method
   --features failpoints/failpoints,failpoints-stream/failpoints)
 if [ -n "${NGINX_SOURCE_DIR:-}${NGINX_BUILD_DIR:-}" ]; then
   cargo_flags+=(--no-default-features)
   # Of an nginx without stream there is one module.
   if ! grep -qs 'define NGX_STREAM_UPSTREAM_ZONE' "${NGINX_BUILD_DIR:-$NGINX_SOURCE_DIR/objs}/ngx_auto_config.h"; then
     modules=(--package nginx-consul-upstream)
-    failpoints=(--package failpoints --features failpoints)
+    failpoints=(--package failpoints --package foreign-method --features failpoints/failpoints)
   fi
 fi
 

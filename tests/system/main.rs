@@ -15,6 +15,7 @@ mod churn;
 mod config;
 mod consul;
 mod crash;
+mod foreign_methods;
 mod health;
 mod lifecycle;
 mod names;

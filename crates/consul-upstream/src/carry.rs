@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use nginx_peers::List;
 use nginx_peers::carry::{Carried, copy};
 use nginx_peers::list::Statics;
-use nginx_peers::{PeersAbi, ServerAbi, UpstreamAbi};
+use nginx_peers::{PeersAbi, ServerAbi, UpstreamAbi, servers_of, stock};
 use nginx_sys::{
     NGX_ERROR, NGX_LOG_ERR, NGX_LOG_NOTICE, NGX_LOG_WARN, NGX_OK, ngx_int_t, ngx_shm_zone_init_pt,
     ngx_shm_zone_t,
 };
 
 use crate::conf::Upstream;
-use crate::conf::finish::{server_conf, servers_of};
+use crate::conf::finish::server_conf;
 use crate::guard::guard;
 use crate::log;
 use crate::process::source_of;
@@ -133,7 +133,8 @@ unsafe fn take_over<P: Protocol>(
     // SAFETY: both have lists in their zones, which nginx has made of their static servers.
     unsafe {
         let say = |level, args| log::write(level, (*zone).shm.log, args);
-        let before = P::Upstream::peers(old);
+        // The upstream may have had another method, and nothing of ours.
+        let Some(before) = stock::shared_list_of(old) else { return };
         let Some(copied) = copy(before, statics_of(old), PATIENCE) else {
             say(
                 NGX_LOG_WARN,

@@ -279,6 +279,24 @@ pub unsafe trait ServerAbi: Sized {
     unsafe fn is_backup(this: *mut Self) -> bool;
 }
 
+/// The `server` lines of an upstream.
+///
+/// # Safety
+///
+/// `upstream` is live.
+pub unsafe fn servers_of<U: UpstreamAbi>(upstream: *mut U) -> impl Iterator<Item = *mut U::Server> {
+    // SAFETY: nginx's own array; an upstream that a `proxy_pass` implies has none.
+    let (all, len) = unsafe {
+        let servers = *U::servers(upstream);
+        if servers.is_null() {
+            (core::ptr::null_mut(), 0)
+        } else {
+            ((*servers).elts, (*servers).nelts)
+        }
+    };
+    (0..len).map(move |n| all.cast::<U::Server>().wrapping_add(n))
+}
+
 /// All of the traits for the types of one protocol, which the file that calls it has by the names here.
 macro_rules! implement {
     () => {

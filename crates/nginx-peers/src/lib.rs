@@ -17,6 +17,8 @@
 //! nginx's own rule (`resolve` gives each server one worker), and what follows relies on it: the
 //! links may be walked without the lock, because nobody else writes them.
 //!
+//! [`stock`] tells whether there is such a list at all: a method of somebody else's may keep something else.
+//!
 //! [`meter`] counts what becomes of each peer's requests, and [`view`] copies a list for whoever
 //! shows it. [`carry`] copies the peers of the list before a reload into the one after it, and [`crash`] mends
 //! what a killed process leaves behind. [`retry`] holds the decisions of the other half: what a request does whose list has changed
@@ -35,13 +37,14 @@ pub mod list;
 pub mod meter;
 pub mod retry;
 pub mod spec;
+pub mod stock;
 pub mod view;
 mod zone;
 
 #[cfg(test)]
 mod doubles;
 
-pub use abi::{InitPeer, PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, http};
+pub use abi::{InitPeer, PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, http, servers_of};
 pub use label::Label;
 pub use list::{Change, Changed, List};
 pub use spec::Spec;

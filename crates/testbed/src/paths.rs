@@ -76,6 +76,11 @@ pub fn failpoints(of: Protocol) -> Result<PathBuf, String> {
     built(&file, of.variable("FAILPOINTS_SO", "STREAM_FAILPOINTS_SO"))
 }
 
+/// A balancing method that is none of nginx's, for both protocols: `FOREIGN_METHOD_SO`, else this build's.
+pub fn foreign_method() -> Result<PathBuf, String> {
+    built("libngx_foreign_method_module.so", "FOREIGN_METHOD_SO")
+}
+
 /// nginx's own stream module, where it is not built in: `NGINX_STREAM_SO`.
 pub fn nginx_stream() -> Result<Option<PathBuf>, String> {
     from_env("NGINX_STREAM_SO")

@@ -9,7 +9,7 @@ use core::ptr;
 
 use consul_watch::agent::Address;
 use nginx_peers::list::Statics;
-use nginx_peers::{PeerAbi, PeersAbi, ServerAbi, UpstreamAbi};
+use nginx_peers::{PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, servers_of, stock};
 use nginx_sys::{NGX_ERROR, NGX_LOG_EMERG, NGX_OK, ngx_conf_t, ngx_int_t, ngx_pcalloc, sockaddr};
 
 use super::tls::Checked;
@@ -119,10 +119,11 @@ unsafe fn complete<P: Protocol>(
             checked.check(&agents.tls).map_err(|text| fail(&text))?;
         }
 
-        let peers = P::Upstream::peers(nginx);
+        let peers = stock::list_of(nginx, (*cf).pool)
+            .ok_or_else(|| fail("\"consul_upstream\" does not know the balancing method"))?;
         let placeholder = conf.placeholder.take().ok_or_else(|| fail("no placeholder"))?;
-        if peers.is_null() || !take_out::<P>(nginx, peers, placeholder) {
-            return Err(fail("\"consul_upstream\" does not know the balancing method"));
+        if !take_out::<P>(nginx, peers, placeholder) {
+            return Err(fail("the placeholder is not among the servers"));
         }
         let backups = Peers::<P>::next(peers);
         if knows_backups && (*backups).is_null() {
@@ -202,20 +203,6 @@ unsafe fn take_out<P: Protocol>(
         }
         false
     }
-}
-
-/// The `server` lines of an upstream.
-///
-/// # Safety
-///
-/// `nginx` is live.
-pub unsafe fn servers_of<U: UpstreamAbi>(nginx: *mut U) -> impl Iterator<Item = *mut U::Server> {
-    // SAFETY: nginx's own array; an upstream that a `proxy_pass` implies has none.
-    let (all, len) = unsafe {
-        let servers = *U::servers(nginx);
-        if servers.is_null() { (ptr::null_mut(), 0) } else { ((*servers).elts, (*servers).nelts) }
-    };
-    (0..len).map(move |n| all.cast::<U::Server>().wrapping_add(n))
 }
 
 /// nginx's configuration of upstreams, of the block or of the upstream that is being read.
