@@ -12,6 +12,7 @@ use nginx_sys::{
 };
 use ngx::http::{HttpModule, HttpModuleMainConf, HttpModuleServerConf};
 
+use crate::headers::Added;
 use crate::{instances, ngx_http_consul_upstream_module, variables};
 
 /// The module, as the crates ngx and consul-upstream know it.
@@ -39,6 +40,7 @@ unsafe impl HttpModuleServerConf for ConsulUpstream {
 unsafe impl Protocol for ConsulUpstream {
     type Upstream = ngx_http_upstream_srv_conf_t;
     type Held = ();
+    type Left = Added;
 
     consul_upstream::names! {
         ConsulUpstream; ngx_http_consul_upstream_module, ngx_http_module, ngx_http_upstream_module;
@@ -100,5 +102,19 @@ unsafe impl Protocol for ConsulUpstream {
     ) {
         // SAFETY: the caller's promise.
         unsafe { instances::remember(request, upstream, peer) };
+    }
+
+    unsafe fn choose<R>(
+        request: *mut ngx_http_request_t,
+        left: &mut Added,
+        get: impl FnOnce() -> R,
+    ) -> R {
+        // SAFETY: the caller's promise; a choice leaves the request alive.
+        unsafe { left.by(request, get) }
+    }
+
+    unsafe fn take_back(request: *mut ngx_http_request_t, left: &mut Added) {
+        // SAFETY: the caller's promise.
+        unsafe { left.take_out(request) };
     }
 }

@@ -10,6 +10,7 @@ use nginx_sys::{NGX_HTTP_MODULE, NGX_OK, ngx_conf_t, ngx_http_module_t, ngx_int_
 
 use self::http::ConsulUpstream;
 
+mod headers;
 mod http;
 mod instances;
 mod status;

@@ -47,7 +47,7 @@ fn main() {
         .clang_args(includes.iter().map(|dir| format!("-I{}", dir.display())))
         .clang_args(defines.split_whitespace())
         .allowlist_function("ngx_.*_upstream_rr_peer_free_locked")
-        .allowlist_function("nginx_request_.*")
+        .allowlist_function("nginx_(request|peer_connection)_.*")
         .allowlist_var("NGINX_PEERS_.*")
         // The types are nginx-sys'.
         .allowlist_recursively(false)

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
 
 use testbed::http::{self, Conn};
-use testbed::{Load, Nginx};
+use testbed::{Load, Nginx, Service, eventually, nginx};
 
 use crate::common::{Instance, PATIENCE, Serve, Stage, steady};
 
@@ -26,6 +29,17 @@ const UPSTREAMS: [(&str, &str); 3] = [
     ("learn", "sticky learn zone=sessions:1m timeout=1h create=$arg_session lookup=$arg_session;"),
 ];
 
+/// Whether this nginx has `sticky`; else says that a test is skipped.
+fn has_sticky(conf: &nginx::Builder, test: &str) -> bool {
+    let said = conf.config_test();
+    let has = said.ok || !said.output.contains("unknown directive \"sticky\"");
+    if !has {
+        // Not by println!, which shows only where a test fails.
+        let _ = writeln!(io::stderr(), "skipped: {test}, this nginx has no sticky");
+    }
+    has
+}
+
 #[test]
 fn a_session_stays_with_its_instance() {
     let stage = Stage::set("sticky");
@@ -34,13 +48,7 @@ fn a_session_stays_with_its_instance() {
     let conf = UPSTREAMS.iter().fold(stage.nginx().workers(2), |conf, (name, sticky)| {
         conf.upstream(name, &format!("consul_upstream web; {sticky}"))
     });
-    let test = conf.config_test();
-    if !test.ok && test.output.contains("unknown directive \"sticky\"") {
-        // Not by println!, which shows only where a test fails.
-        let _ = writeln!(
-            io::stderr(),
-            "skipped: a_session_stays_with_its_instance, this nginx has no sticky"
-        );
+    if !has_sticky(&conf, "a_session_stays_with_its_instance") {
         return;
     }
     let mut nginx = conf.start();
@@ -96,6 +104,115 @@ fn a_session_stays_with_its_instance() {
     let report = load.stop();
     report.assert_nothing_lost();
     assert_eq!(report.backends.keys().collect::<Vec<_>>(), ["web-2"], "{report}");
+}
+
+/// A listener that takes no connection: its queue is full, and the kernel answers no SYN.
+struct Swallows {
+    listener: TcpListener,
+    _queue: Vec<TcpStream>,
+}
+
+impl Swallows {
+    fn at(addr: SocketAddr) -> Swallows {
+        let listener = TcpListener::bind(addr).unwrap();
+        let connect = |_| TcpStream::connect_timeout(&addr, Duration::from_millis(200)).ok();
+        let queue: Vec<TcpStream> = (0..10_000).map_while(connect).collect();
+        assert!(queue.len() < 10_000, "the queue has no end");
+        Swallows { listener, _queue: queue }
+    }
+
+    /// Whether somebody waits for an answer to a SYN.
+    fn is_asked(&self) -> bool {
+        const SYN_SENT: &str = "02";
+        let SocketAddr::V4(addr) = self.listener.local_addr().unwrap() else { return false };
+        // The kernel shows the address as the number that its bytes make in memory.
+        let to = format!("{:08X}:{:04X}", u32::from_ne_bytes(addr.ip().octets()), addr.port());
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .any(|columns| matches!(columns[..], [_, _, remote, SYN_SENT, ..] if remote == to))
+    }
+
+    fn service(&self, id: &str) -> Service {
+        Service::new("web", id, self.listener.local_addr().unwrap())
+    }
+}
+
+/// The list changes while the server of nginx's choice does not answer: the choice begins again, and the client gets one
+/// cookie, of the server that answered.
+#[test]
+fn a_choice_that_begins_again_leaves_one_cookie() {
+    let stage = Stage::set("sticky_cookie");
+    let [two, three]: [Instance; 2] = stage.web();
+    let silent = Swallows::at((stage.net.ip(30), stage.net.port()).into());
+    let addr: SocketAddr = (stage.net.ip(1), stage.net.port()).into();
+    let location = |at: &str, more: &str| {
+        format!(
+            "location {at} {{ {more} proxy_pass http://web; proxy_connect_timeout 2s; \
+             add_header X-Upstream $upstream_addr always; }}"
+        )
+    };
+    let conf = stage
+        .nginx()
+        .http("upstream web { zone web 256k; consul_upstream web hold=0; sticky cookie srv expires=1h path=/; }")
+        .listen(addr)
+        .http(format!(
+            "server {{ listen {addr}; {} {} }}",
+            location("/", ""),
+            // A header that another module adds to the same response.
+            location("/more", "add_header Set-Cookie other=1 always;"),
+        ));
+    if !has_sticky(&conf, "a_choice_that_begins_again_leaves_one_cookie") {
+        return;
+    }
+    let nginx = conf.start();
+    let mut round = 0;
+    for (path, others) in [("/", 0), ("/more", 1)] {
+        for leaves in [false, true] {
+            round += 1;
+            stage.consul.register(&silent.service("web-0"));
+            nginx.wait_log(
+                &format!("+{} (web-0)", silent.listener.local_addr().unwrap()),
+                round,
+                PATIENCE,
+            );
+            let answer = thread::scope(|scope| {
+                let request = scope.spawn(|| http::get(addr, path).unwrap());
+                eventually(PATIENCE, "nginx knocks", || silent.is_asked());
+                if leaves {
+                    stage.consul.register(&three.service);
+                    stage.consul.deregister("web-0");
+                } else {
+                    stage.register([&two]);
+                }
+                request.join().unwrap()
+            });
+            let instance = if leaves { &three } else { &two };
+            assert_eq!(
+                (answer.status, answer.backend()),
+                (200, &*instance.service.id),
+                "{answer:?}"
+            );
+            let cookies: Vec<_> = answer.headers.get_all("set-cookie").iter().collect();
+            assert_eq!(cookies.len(), 1 + others, "{path}, it leaves: {leaves}: {cookies:?}");
+            // It is that of the server which answered.
+            let ours = cookies.iter().find(|it| it.as_bytes().starts_with(b"srv=")).unwrap();
+            let cookie = ours.to_str().unwrap().split(';').next().unwrap().to_owned();
+            for _ in 0..3 {
+                let headers = [("Cookie", &*cookie)];
+                let again = Conn::open(addr).unwrap().request("GET", "/", &headers, "").unwrap();
+                assert_eq!(again.backend(), instance.service.id, "{again:?}");
+                assert_eq!(again.tried(), [instance.addr()]);
+            }
+            if !leaves {
+                stage.consul.deregister("web-0");
+            }
+            stage.consul.deregister(&instance.service.id);
+            // Once more than there were rounds: nobody serves at the start.
+            nginx.wait_log("0 of 0 instances serve", round + 1, PATIENCE);
+        }
+    }
 }
 
 /// In every worker, whatever became of the list.

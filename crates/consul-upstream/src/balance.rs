@@ -47,6 +47,8 @@ struct Balancer<P: Protocol> {
     peer: Option<(*mut Peer<P>, NonNull<Meter>)>,
     /// What the protocol notes of that.
     held: P::Held,
+    /// What the balancer has left in the request since it was initialised.
+    left: P::Left,
 }
 
 /// The fields of `ngx_peer_connection_t` that a balancer fills in.
@@ -93,8 +95,8 @@ pub unsafe extern "C" fn init_peer<P: Protocol>(
             Some(limit) => Attempts::new(limit),
             None => Attempts::limited_by(&mut (*pc).tries),
         };
-        let (peer, held) = (None, P::Held::default());
-        balancer.write(Balancer { request, upstream, inner, config, attempts, peer, held });
+        let (peer, held, left) = (None, P::Held::default(), P::Left::default());
+        balancer.write(Balancer { request, upstream, inner, config, attempts, peer, held, left });
         (*balancer).wrap(pc);
         OK
     }
@@ -236,6 +238,8 @@ impl<P: Protocol> Balancer<P> {
     unsafe fn restart(&mut self, pc: *mut ngx_peer_connection_t) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
+            P::take_back(self.request, &mut self.left);
+            nginx_peers::forget_choice(pc);
             let (config, rc) = init_inner::<P>(pc, self.request, self.upstream);
             if rc == OK {
                 self.config = config;
@@ -260,8 +264,9 @@ impl<P: Protocol> Balancer<P> {
         let mut skips = 0;
         loop {
             let Some(inner) = self.inner.get else { return ERROR };
-            // SAFETY: the balancer's own callback and data.
-            let rc = unsafe { inner(pc, self.inner.data) };
+            // SAFETY: the balancer's own callback and data, and the request that they are for.
+            let rc =
+                unsafe { P::choose(self.request, &mut self.left, || inner(pc, self.inner.data)) };
             if rc == BUSY && self.attempts.restart(self.list_changed()) {
                 // SAFETY: the caller's promise; after "busy" no peer is held.
                 if !unsafe { self.restart(pc) } {

@@ -33,6 +33,9 @@ pub unsafe trait Protocol: Sized + 'static {
     /// What the protocol notes with a session that holds a peer. No destructor is run.
     type Held: Copy + Default;
 
+    /// What a method leaves in a session beside memory of its own. No destructor is run.
+    type Left: Copy + Default;
+
     /// Where directives stand that hold for all upstreams.
     const BLOCK: u32;
     /// Where those of an upstream do.
@@ -110,6 +113,26 @@ pub unsafe trait Protocol: Sized + 'static {
     ///
     /// The peer is the one that [`Self::holds`] was told of last.
     unsafe fn lets_go(_held: &mut Self::Held) {}
+
+    /// Calls `get`, with which a method chooses, and notes what that leaves in the session.
+    ///
+    /// # Safety
+    ///
+    /// `session` is live.
+    unsafe fn choose<R>(
+        _session: *mut Session<Self>,
+        _left: &mut Self::Left,
+        get: impl FnOnce() -> R,
+    ) -> R {
+        get()
+    }
+
+    /// Takes back what a method has left in the session: it will choose as if for the first time.
+    ///
+    /// # Safety
+    ///
+    /// `left` is that of the session's calls of [`Self::choose`].
+    unsafe fn take_back(_session: *mut Session<Self>, _left: &mut Self::Left) {}
 }
 
 /// # Safety

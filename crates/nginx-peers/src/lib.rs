@@ -45,6 +45,7 @@ mod zone;
 mod doubles;
 
 pub use abi::{InitPeer, PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, http, servers_of};
+pub use inline::nginx_peer_connection_forget_choice as forget_choice;
 pub use label::Label;
 pub use list::{Change, Changed, List};
 pub use spec::Spec;

@@ -20,6 +20,7 @@ pub struct ConsulUpstream;
 unsafe impl Protocol for ConsulUpstream {
     type Upstream = ngx_stream_upstream_srv_conf_t;
     type Held = Held;
+    type Left = ();
 
     consul_upstream::names! {
         ConsulUpstream; ngx_stream_consul_upstream_module, ngx_stream_module, ngx_stream_upstream_module;

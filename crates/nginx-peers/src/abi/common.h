@@ -6,8 +6,22 @@
 
 #include <ngx_config.h>
 #include <ngx_core.h>
+#include <ngx_event.h>
+#include <ngx_event_connect.h>
 
 enum {
     /* the size of every peer's name in shared memory */
     NGINX_PEERS_SOCKADDR_STRLEN = NGX_SOCKADDR_STRLEN
 };
+
+/* what a choice of peer leaves in a connection for "sticky" */
+static inline void
+nginx_peer_connection_forget_choice(ngx_peer_connection_t *pc)
+{
+#if (nginx_version >= 1029006) && (NGX_HTTP_UPSTREAM_SID || NGX_COMPAT)
+    pc->hint = NULL;
+    pc->sid = NULL;
+#else
+    (void) pc;
+#endif
+}
