@@ -54,6 +54,19 @@ fn a_method_with_a_list_of_its_own_is_refused_in_stream() {
     refused_in(Protocol::Stream);
 }
 
+/// The zone is nginx's as well: its data would be read as nginx's configuration.
+#[test]
+fn a_method_with_a_zone_of_its_own_is_refused() {
+    let (net, dir) = (Net::isolated(), Dir::new("foreign_zone"));
+    for of in [Protocol::Http, Protocol::Stream] {
+        let conf = Nginx::builder(&net, &dir).stream("upstream any { server 127.0.0.1:1; }");
+        let upstream = "upstream web { consul_upstream web; foreign_method zone; }";
+        let test = with_method(conf.block(of, upstream)).config_test();
+        let says = "[emerg] \"consul_upstream\" requires nginx's own \"zone\" in upstream \"web\"";
+        assert!(!test.ok && test.output.contains(says), "{}", test.output);
+    }
+}
+
 /// A reload with such a configuration is refused as a mistake is: nginx goes on with the one that it has.
 #[test]
 fn a_reload_with_such_a_method_changes_nothing() {

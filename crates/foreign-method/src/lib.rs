@@ -7,7 +7,8 @@ use core::ptr;
 
 use nginx_sys::{
     NGX_CONF_TAKE1, NGX_ERROR, NGX_OK, ngx_alloc, ngx_command_t, ngx_conf_t, ngx_int_t,
-    ngx_module_t, ngx_palloc, ngx_pcalloc, ngx_str_t, ngx_uint_t,
+    ngx_module_t, ngx_palloc, ngx_pcalloc, ngx_shared_memory_add, ngx_shm_zone_t, ngx_str_t,
+    ngx_uint_t,
 };
 
 /// What a method may keep.
@@ -15,6 +16,8 @@ use nginx_sys::{
 enum Keeps {
     /// nginx's own list: it is the method before it that chooses.
     List,
+    /// The same, and the upstream has a zone of this module.
+    Zone,
     /// A structure that has nginx's list in it.
     Wrapped,
     /// A structure of the configuration's memory, smaller than a list.
@@ -34,6 +37,7 @@ impl Keeps {
     fn of(name: &[u8]) -> Option<Keeps> {
         Some(match name {
             b"list" => Keeps::List,
+            b"zone" => Keeps::Zone,
             b"wrapped" => Keeps::Wrapped,
             b"structure" => Keeps::Structure,
             b"large" => Keeps::Large,
@@ -47,7 +51,7 @@ impl Keeps {
 
     /// Whether the method before it makes its list first.
     fn wraps(self) -> bool {
-        matches!(self, Keeps::List | Keeps::Wrapped)
+        matches!(self, Keeps::List | Keeps::Zone | Keeps::Wrapped)
     }
 
     /// What stands in `peer.data` then, where `data` stood.
@@ -67,7 +71,7 @@ impl Keeps {
                 at
             };
             match self {
-                Keeps::List => data,
+                Keeps::List | Keeps::Zone => data,
                 Keeps::Wrapped => {
                     let at: *mut [*mut c_void; 2] =
                         ngx_palloc((*cf).pool, size_of::<[*mut c_void; 2]>()).cast();
@@ -85,6 +89,10 @@ impl Keeps {
             }
         }
     }
+}
+
+unsafe extern "C" fn init_zone(_: *mut ngx_shm_zone_t, _: *mut c_void) -> ngx_int_t {
+    NGX_OK as ngx_int_t
 }
 
 /// The method of one protocol.
@@ -168,7 +176,16 @@ macro_rules! method {
                             return rc;
                         }
                     }
-                    if *keeps != Keeps::List {
+                    if *keeps == Keeps::Zone {
+                        let mut name = ngx_str_t { len: 7, data: c"foreign".as_ptr().cast_mut().cast() };
+                        let tag = ptr::addr_of_mut!(MODULE).cast();
+                        let zone = ngx_shared_memory_add(cf, &mut name, 1 << 16, tag);
+                        if zone.is_null() {
+                            return NGX_ERROR as ngx_int_t;
+                        }
+                        (*zone).init = Some(init_zone);
+                        (*upstream).shm_zone = zone;
+                    } else if *keeps != Keeps::List {
                         (*upstream).peer.init = Some(init_peer);
                     }
                     (*upstream).peer.data = keeps.data(cf, (*upstream).peer.data);

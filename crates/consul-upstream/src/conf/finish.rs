@@ -95,6 +95,11 @@ unsafe fn complete<P: Protocol>(
         if zone.is_null() {
             return Err(fail("\"consul_upstream\" requires \"zone\""));
         }
+        // Its data is read as nginx's configuration of upstreams, which another module's zone has not.
+        let upstreams: *mut c_void = *conf_of::<P>(cf, P::MAIN_OFFSET);
+        if !ptr::eq((*zone).tag, P::upstream_module().cast()) || !ptr::eq((*zone).data, upstreams) {
+            return Err(fail("\"consul_upstream\" requires nginx's own \"zone\""));
+        }
         let resolves = |server| (*<P::Upstream as UpstreamAbi>::Server::host(server)).len > 0;
         if servers_of(nginx).any(resolves) {
             return Err(fail(
