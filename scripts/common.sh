@@ -22,7 +22,8 @@ die() { say "$*"; exit 1; }
 
 # The flags of every cargo command that builds the modules: nginx is the one of the crate nginx-src, or one's own.
 cargo_flags=(--release --locked)
-# What cargo is told to build: the modules, and what some tests load: the modules with failpoints, and a balancing method.
+# Arguments for cargo: the packages of the modules, and those that only tests load, the modules with failpoints and a balancing
+# method.
 modules=(--package nginx-consul-upstream --package stream-module)
 failpoints=(--package failpoints --package failpoints-stream --package foreign-method
   --features failpoints/failpoints,failpoints-stream/failpoints)
@@ -46,7 +47,7 @@ own_network() {
   fi
 }
 
-# What ran: a line of seconds and name for each part in `times`, and beside it the output of each.
+# The directory with `times`, a line of seconds and name for each part that has run, and `tests.log`, the output of the tests.
 parts=$target/parts
 
 forget_parts() {

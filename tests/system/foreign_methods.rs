@@ -5,10 +5,10 @@ use testbed::{Dir, Net, Nginx, Protocol, nginx, paths};
 
 use crate::common::{Serve, Stage, serves};
 
-/// All that the method of crates/foreign-method can keep but nginx's own list.
+/// The values other than nginx's own list that the method of crates/foreign-method can keep.
 const KEEPS: [&str; 7] = ["wrapped", "structure", "large", "heap", "static", "number", "nothing"];
 
-/// What stands beside it: nothing, or servers, or a method of nginx's that it wraps.
+/// The other lines of the upstream: none, servers, or a method of nginx's for the foreign one to wrap.
 const BESIDE: [&str; 4] = [
     "",
     "server 127.0.0.1:1;",
@@ -54,7 +54,7 @@ fn a_method_with_a_list_of_its_own_is_refused_in_stream() {
     refused_in(Protocol::Stream);
 }
 
-/// The zone is nginx's as well: its data would be read as nginx's configuration.
+/// The data of a zone is read as nginx's configuration of upstreams, so the zone has to be nginx's, too.
 #[test]
 fn a_method_with_a_zone_of_its_own_is_refused() {
     let (net, dir) = (Net::isolated(), Dir::new("foreign_zone"));

@@ -22,8 +22,8 @@ use crate::fake_consul::{FakeConsul, Reply, Request, entry};
 /// An upstream that lets go at once of what it believes to be gone: nothing but an error keeps it.
 const WEB: &str = "consul_upstream web hold=0;";
 
-/// For agents that read their configuration again: Consul 1.8.7 takes its services out for a moment where it
-/// does so while it compares them with the catalog, as after a start.
+/// For agents that are told to read their configuration again soon after a start: Consul 1.8.7 was seen to take
+/// its services out of the catalog for a moment then.
 const HELD: &str = "consul_upstream web;";
 
 /// The rights that the documentation names.

@@ -196,7 +196,7 @@ fn a_choice_that_begins_again_leaves_one_cookie() {
             );
             let cookies: Vec<_> = answer.headers.get_all("set-cookie").iter().collect();
             assert_eq!(cookies.len(), 1 + others, "{path}, it leaves: {leaves}: {cookies:?}");
-            // It is that of the server which answered.
+            // The cookie names the server that answered.
             let ours = cookies.iter().find(|it| it.as_bytes().starts_with(b"srv=")).unwrap();
             let cookie = ours.to_str().unwrap().split(';').next().unwrap().to_owned();
             for _ in 0..3 {

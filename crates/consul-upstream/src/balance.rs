@@ -47,7 +47,7 @@ struct Balancer<P: Protocol> {
     peer: Option<(*mut Peer<P>, NonNull<Meter>)>,
     /// What the protocol notes of that.
     held: P::Held,
-    /// What the balancer has left in the request since it was initialised.
+    /// Traces of the balancer in the request, as headers of the response, since the last initialisation.
     left: P::Left,
 }
 

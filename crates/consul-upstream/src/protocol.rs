@@ -33,7 +33,7 @@ pub unsafe trait Protocol: Sized + 'static {
     /// What the protocol notes with a session that holds a peer. No destructor is run.
     type Held: Copy + Default;
 
-    /// What a method leaves in a session beside memory of its own. No destructor is run.
+    /// Traces of a method in a session that a restart of its choice has to take back. No destructor is run.
     type Left: Copy + Default;
 
     /// Where directives stand that hold for all upstreams.
@@ -114,7 +114,7 @@ pub unsafe trait Protocol: Sized + 'static {
     /// The peer is the one that [`Self::holds`] was told of last.
     unsafe fn lets_go(_held: &mut Self::Held) {}
 
-    /// Calls `get`, with which a method chooses, and notes what that leaves in the session.
+    /// Calls `get`, by which a method chooses a peer, and notes the traces of that call in the session.
     ///
     /// # Safety
     ///
@@ -127,7 +127,7 @@ pub unsafe trait Protocol: Sized + 'static {
         get()
     }
 
-    /// Takes back what a method has left in the session: it will choose as if for the first time.
+    /// Removes the method's traces from the session, before the method chooses as if for the first time.
     ///
     /// # Safety
     ///

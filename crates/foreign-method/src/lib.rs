@@ -11,7 +11,7 @@ use nginx_sys::{
     ngx_uint_t,
 };
 
-/// What a method may keep.
+/// The kinds of value that the method can put into `peer.data`.
 #[derive(Clone, Copy, PartialEq)]
 enum Keeps {
     /// nginx's own list: it is the method before it that chooses.
@@ -54,7 +54,7 @@ impl Keeps {
         matches!(self, Keeps::List | Keeps::Zone | Keeps::Wrapped)
     }
 
-    /// What stands in `peer.data` then, where `data` stood.
+    /// The value for `peer.data` in place of `data`, the one of the method before.
     ///
     /// # Safety
     ///

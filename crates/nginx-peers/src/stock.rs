@@ -9,7 +9,7 @@
 use core::ffi::c_void;
 use core::ptr;
 
-use nginx_sys::{ngx_addr_t, ngx_pool_t};
+use nginx_sys::{ngx_addr_t, ngx_pool_data_t, ngx_pool_t};
 
 use crate::abi::{PeerAbi, PeersAbi, ServerAbi, UpstreamAbi, servers_of};
 
@@ -132,7 +132,7 @@ unsafe fn holds<T>(pool: *mut ngx_pool_t, at: *const T, number: usize) -> bool {
         while !block.is_null() {
             // The header of a block is no part of what was allocated; there is more of it in the first one, but
             // nobody's structure begins in it.
-            let from = block.addr() + size_of_val(&(*block).d);
+            let from = block.addr() + size_of::<ngx_pool_data_t>();
             if from <= begin && end <= (*block).d.last.addr() {
                 return true;
             }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// a walk over all processes, and many tests wait at once: after the first moments they look less often.
 const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(3)..=Duration::from_millis(25);
 
-/// By this part of the time that was waited already a condition may be seen later than it holds.
+/// The divisor of the time waited so far that gives the next pause: a condition is seen late by a sixteenth at most.
 const LATER: u32 = 16;
 
 /// What a look at a condition can answer: `bool`, `Option<T>`, or `Result<T, E>`, whose error

@@ -21,7 +21,7 @@ fn zeroed<T>() -> T {
 }
 
 impl Stage {
-    /// One server of so many addresses for each of `primaries` and `backups`.
+    /// An upstream with a `server` line for each number, which is that of the line's addresses.
     fn new(primaries: &[usize], backups: &[usize]) -> Stage {
         let mut addresses = Vec::new();
         let mut servers = Vec::new();
